@@ -1,0 +1,99 @@
+"""Which conversations a step sees, and how its examples spread over ranks and micro-batches.
+
+Pure functions of (seed, epoch, step): resuming needs no state, and the number of processes changes who computes an
+example, never which examples a step sees.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+
+
+def conversations_per_epoch(repeats_C: NDArray[np.float32]) -> int:
+    """How many conversations one epoch holds once each comes as often as its source's `repeat` says."""
+    return len(epoch_members(repeats_C, seed=0, epoch=0))
+
+
+def epoch_members(repeats_C: NDArray[np.float32], *, seed: int, epoch: int) -> Int64Array:
+    """The conversations of an epoch, in the order of the data; `repeat: 1.5` comes once or twice.
+
+    The number of members does not depend on seed and epoch: of the C conversations that share a fraction f,
+    round(f * C) come once more, chosen anew each epoch.
+    """
+    whole_C = np.floor(repeats_C).astype(np.int64)
+    fraction_C = np.round(repeats_C - whole_C, 6)
+    rng = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
+    for fraction in np.unique(fraction_C[fraction_C > 0]):
+        sharing = np.flatnonzero(fraction_C == fraction)
+        extra = rng.permutation(sharing)[: round(float(fraction) * len(sharing))]
+        whole_C[extra] += 1
+    return np.repeat(np.arange(len(repeats_C)), whole_C)
+
+
+def epoch_order(repeats_C: NDArray[np.float32], *, seed: int, epoch: int) -> Int64Array:
+    """The conversations of an epoch, shuffled by (seed, epoch)."""
+    members = epoch_members(repeats_C, seed=seed, epoch=epoch)
+    return np.random.Generator(np.random.PCG64([seed, epoch, 0])).permutation(members)
+
+
+def deal(lengths_E: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
+    """Spread a step's examples: result[rank][micro] lists indices into `lengths_E`.
+
+    Ranks are filled longest example first, each to the rank with the least work so far (LPT, Graham 1969: at most
+    4/3 of the best possible, far closer with many examples). Every rank then gets the same number of micro-batches,
+    which collectives inside forward passes need (FSDP): the smallest number for which all of them stay within
+    `micro_tokens`, unless a single example is longer. A rank may get empty micro-batches.
+    """
+    by_rank: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0, rank) for rank in range(ranks)]
+    for index in _longest_first(lengths_E):
+        tokens, rank = heapq.heappop(load)
+        by_rank[rank].append(index)
+        heapq.heappush(load, (tokens + lengths_E[index], rank))
+    packed = [pack([lengths_E[i] for i in members], micro_tokens) for members in by_rank]
+    count = max(1, *(len(bins) for bins in packed))
+    return [
+        [[members[i] for i in bin_] for bin_ in bins] + [[] for _ in range(count - len(bins))]
+        for members, bins in zip(by_rank, packed, strict=True)
+    ]
+
+
+def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Fewest bins of at most `micro_tokens` by first-fit-decreasing, then levelled so that no bin is left a stump.
+
+    An example longer than `micro_tokens` has a bin of its own. Indices within a bin ascend.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in _longest_first(lengths):
+        slot = next((b for b, free in enumerate(room) if lengths[index] <= free), None)
+        if slot is None:
+            bins.append([])
+            room.append(micro_tokens)
+            slot = len(bins) - 1
+        bins[slot].append(index)
+        room[slot] -= lengths[index]
+    return [sorted(bin_) for bin_ in _levelled(lengths, micro_tokens, len(bins)) or bins]
+
+
+def _levelled(lengths: Sequence[int], micro_tokens: int, count: int) -> list[list[int]] | None:
+    """The same number of bins filled evenly, or None where that would overfill one."""
+    load = [(0, b) for b in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for index in _longest_first(lengths):
+        tokens, slot = heapq.heappop(load)
+        if bins[slot] and tokens + lengths[index] > micro_tokens:
+            return None
+        bins[slot].append(index)
+        heapq.heappush(load, (tokens + lengths[index], slot))
+    return bins if all(bins) else None
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
