@@ -113,13 +113,15 @@ class Batch:
 
     Flat: `input_ids` (1, N), `positions` (1, N) restarting at each of the S examples, no `attention_mask`.
     Padded: (B, T) with `attention_mask` (B, T), 1 at real tokens; S = B.
-    `labels` are already shifted: `labels[i]` is the token that position i must predict, or `IGNORE_INDEX`.
+    Of the M targets, `target_index_M` says which position (of the B*T flattened) predicts `targets_M`, and
+    `weights_M` what its loss weighs. They are known on the host, so that no device is asked for M.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
+    target_index_M: torch.Tensor
+    targets_M: torch.Tensor
+    weights_M: torch.Tensor
     segment_lengths: tuple[int, ...]
     attention_mask: torch.Tensor | None = None
 

@@ -6,54 +6,72 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sft.types import IGNORE_INDEX, Batch, Example
+from sft.types import Batch, Example
+
+Int64Array = NDArray[np.int64]
 
 
-def shifted(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """(labels_T, weights_T) moved one to the left: what position t must predict, and how much it weighs.
-
-    The first token of an example is never a target: nothing precedes it.
-    """
-    labels_T = np.full(len(example.input_ids_T), IGNORE_INDEX, dtype=np.int64)
-    weights_T = np.zeros(len(example.input_ids_T), dtype=np.float32)
-    labels_T[:-1] = example.labels_T[1:]
-    weights_T[:-1] = example.weights_T[1:]
-    return labels_T, weights_T
+def predictors(example: Example) -> Int64Array:
+    """Positions t whose next token is trained. The first token of an example is no target: nothing precedes it."""
+    return np.flatnonzero(example.weights_T[1:]).astype(np.int64)
 
 
 def flat(examples: Sequence[Example]) -> Batch:
     """One row of N tokens; positions restart at each example."""
     assert examples, "an empty micro-batch has no row; use `idle`"
-    targets = [shifted(example) for example in examples]
     lengths = tuple(len(example.input_ids_T) for example in examples)
-    return Batch(
-        input_ids=torch.from_numpy(np.concatenate([e.input_ids_T for e in examples]).astype(np.int64))[None],
-        positions=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]))[None],
-        labels=torch.from_numpy(np.concatenate([labels for labels, _ in targets]))[None],
-        weights=torch.from_numpy(np.concatenate([weights for _, weights in targets]))[None],
-        segment_lengths=lengths,
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return _batch(
+        input_ids=np.concatenate([e.input_ids_T for e in examples]).astype(np.int64)[None],
+        positions=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])[None],
+        examples=examples,
+        starts=starts,
+        attention_mask=None,
     )
 
 
 def padded(examples: Sequence[Example], pad_id: int) -> Batch:
-    """(B, T) with padding on the right; labels come from the examples, so `pad_id` may equal a stop token."""
-    lengths = tuple(len(example.input_ids_T) for example in examples)
-    shape = (len(examples), max(lengths))
+    """(B, T) with padding on the right; targets come from the examples, so `pad_id` may equal a stop token."""
+    assert examples, "an empty micro-batch has no row; use `idle`"
+    shape = (len(examples), max(len(example.input_ids_T) for example in examples))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    weights = np.zeros(shape, dtype=np.float32)
     mask = np.zeros(shape, dtype=np.int64)
-    for row, (example, n) in enumerate(zip(examples, lengths, strict=True)):
+    for row, example in enumerate(examples):
+        n = len(example.input_ids_T)
         input_ids[row, :n] = example.input_ids_T
         positions[row, :n] = np.arange(n)
-        labels[row, :n], weights[row, :n] = shifted(example)
         mask[row, :n] = 1
-    return Batch(
-        *(torch.from_numpy(array) for array in (input_ids, positions, labels, weights)),
-        segment_lengths=lengths,
+    return _batch(
+        input_ids=input_ids,
+        positions=positions,
+        examples=examples,
+        starts=np.arange(len(examples)) * shape[1],
         attention_mask=torch.from_numpy(mask),
+    )
+
+
+def _batch(
+    *,
+    input_ids: Int64Array,
+    positions: Int64Array,
+    examples: Sequence[Example],
+    starts: Int64Array,
+    attention_mask: torch.Tensor | None,
+) -> Batch:
+    index = [predictors(example) for example in examples]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        positions=torch.from_numpy(positions),
+        target_index_M=torch.from_numpy(np.concatenate([i + s for i, s in zip(index, starts, strict=True)])),
+        targets_M=torch.from_numpy(
+            np.concatenate([e.input_ids_T[i + 1] for e, i in zip(examples, index, strict=True)]).astype(np.int64)
+        ),
+        weights_M=torch.from_numpy(np.concatenate([e.weights_T[i + 1] for e, i in zip(examples, index, strict=True)])),
+        segment_lengths=tuple(len(example.input_ids_T) for example in examples),
+        attention_mask=attention_mask,
     )
 
 
@@ -81,8 +99,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(
         input_ids=move(batch.input_ids),
         positions=move(batch.positions),
-        labels=move(batch.labels),
-        weights=move(batch.weights),
+        target_index_M=move(batch.target_index_M),
+        targets_M=move(batch.targets_M),
+        weights_M=move(batch.weights_M),
         segment_lengths=batch.segment_lengths,
         attention_mask=None if batch.attention_mask is None else move(batch.attention_mask),
     )

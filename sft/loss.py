@@ -1,0 +1,116 @@
+"""Cross entropy on trained positions only, in chunks: the full matrix of logits never exists.
+
+M targets, D hidden size, V vocabulary. Results are sums; the caller divides by the weight of the whole step ("count,
+then divide": a mean of micro-batch means weighs short answers too much).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Tensor = torch.Tensor
+CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time: small enough for caches, large enough for full-speed products
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What models do to logits after the head: `softcap * tanh(scale * logits / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Targets whose float32 logits fit in `CHUNK_BYTES`."""
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def linear_loss_sum(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+    """Sum over M of weight * cross entropy of `hidden @ weight.T`: a float32 scalar with gradients.
+
+    Gradients are computed chunk by chunk while the chunk's logits are at hand, so that nothing of size (M, V) is kept
+    and no product is done twice (the idea of Liger's fused linear cross entropy, arXiv:2410.10989). Frozen weights
+    cost no product.
+    """
+    loss: Tensor = _LinearLossSum.apply(hidden_MD, weight_VD, targets_M, weights_M)
+    return loss
+
+
+def head_loss_sum(
+    hidden_MD: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int, targets_M: Tensor, weights_M: Tensor
+) -> Tensor:
+    """As `linear_loss_sum` for any `head` from (m, D) to logits (m, V): a chunk is run again in backward."""
+
+    def chunk_loss(hidden_mD: Tensor, targets_m: Tensor, weights_m: Tensor) -> Tensor:
+        return (F.cross_entropy(head(hidden_mD).float(), targets_m, reduction="none") * weights_m).sum()
+
+    total = hidden_MD.new_zeros((), dtype=torch.float32) + 0.0 * hidden_MD.float().sum()
+    rows = chunk_rows(vocabulary)
+    for hidden_mD, targets_m, weights_m in zip(
+        hidden_MD.split(rows), targets_M.split(rows), weights_M.split(rows), strict=True
+    ):
+        total = total + checkpoint(chunk_loss, hidden_mD, targets_m, weights_m, use_reentrant=False)
+    return total
+
+
+def logits_loss_sum(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+    """From logits that a model's own forward pass made: (M, V) → float32 scalar."""
+    if len(targets_M) == 0:
+        return 0.0 * logits_MV.float().sum()
+    return (F.cross_entropy(logits_MV.float(), targets_M, reduction="none") * weights_M).sum()
+
+
+class _LinearLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        compute = hidden_MD.dtype
+        weight = weight_VD.to(compute)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+        grad_hidden = torch.zeros_like(hidden_MD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        rows = chunk_rows(weight.shape[0])
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            for start in range(0, len(targets_M), rows):
+                part = slice(start, start + rows)
+                hidden_mD, targets_m, weights_m = hidden_MD[part], targets_M[part], weights_M[part]
+                logits_mV = (hidden_mD @ weight.T).float()
+                lse_m1 = torch.logsumexp(logits_mV, dim=-1, keepdim=True)
+                picked_m = logits_mV.gather(1, targets_m[:, None])[:, 0]
+                total += ((lse_m1[:, 0] - picked_m) * weights_m).sum()
+                if not (needs_hidden or needs_weight):
+                    continue
+                # d loss / d logits = w * (softmax - onehot), written over the logits
+                grad_mV = logits_mV.sub_(lse_m1).exp_()
+                grad_mV.scatter_add_(1, targets_m[:, None], torch.full_like(picked_m, -1.0)[:, None])
+                grad_mV = grad_mV.mul_(weights_m[:, None]).to(compute)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_mV @ weight
+                if grad_weight is not None:
+                    grad_weight += grad_mV.T @ hidden_mD
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad_total,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+            None,
+        )
