@@ -1,0 +1,175 @@
+"""Proves, before the first step, that flat rows change nothing for the model at hand.
+
+Three short examples run alone through eager attention, then joined into a flat row; logits and gradients must agree.
+Sliding windows are shortened for the test, since a window that is longer than the examples hides an attention that
+ignores it. The chunked head is held against the model's own logits in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sft.attention import FLAT
+from sft.data.collate import flat, to_device
+from sft.loss import logits_loss_sum
+from sft.trainee import Trainee, attention_inputs
+from sft.types import Batch, Example
+
+LENGTHS = (9, 14, 6)
+WINDOW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Relative differences (root mean square), each against what the arithmetic allows."""
+
+    logits: float
+    gradients: float
+    head_loss: float
+    allowed: float
+
+    @property
+    def flat_is_exact(self) -> bool:
+        # written so that a NaN is no agreement
+        return self.logits <= self.allowed and self.gradients <= 3 * self.allowed
+
+    @property
+    def head_is_exact(self) -> bool:
+        return self.head_loss <= self.allowed
+
+
+def compare(trainee: Trainee, device: torch.device) -> Verdict:
+    """Runs the comparison on the model's real weights. Leaves gradients, modes and attention as they were.
+
+    bfloat16 arithmetic differs by rounding alone; a leak, a wrong position or a lost window differs by the size of
+    the logits themselves, so that an eighth of it tells the two apart.
+    """
+    examples = _examples(trainee)
+    alone = [to_device(flat([example]), device) for example in examples]
+    joined = to_device(flat(examples), device)
+    rounding = any(p.dtype != torch.float32 for p in trainee.parameters()) or trainee.autocast
+    with _evaluation(trainee), _short_windows(trainee.causal), _no_trained_gradients(trainee):
+        _set_attention(trainee.causal, "eager")
+        logits_alone, gradients_alone = _join([_run(trainee, batch, mask_only=True) for batch in alone])
+        _set_attention(trainee.causal, FLAT)
+        logits_flat, gradients_flat = _run(trainee, joined, mask_only=False)
+        own = logits_loss_sum(
+            logits_flat.index_select(0, joined.target_index_M), joined.targets_M, joined.weights_M
+        ).item()
+        with torch.no_grad():
+            head = trainee(
+                joined.input_ids, joined.positions, joined.target_index_M, joined.targets_M, joined.weights_M,
+                attention_inputs(joined),
+            ).item()  # fmt: skip
+    return Verdict(
+        logits=_relative(logits_flat, logits_alone),
+        gradients=_relative(gradients_flat, gradients_alone),
+        head_loss=abs(head - own) / max(abs(own), 1e-6),
+        allowed=0.125 if rounding else 1e-3,
+    )
+
+
+def _examples(trainee: Trainee) -> list[Example]:
+    vocabulary = trainee.causal.config.get_text_config().vocab_size
+    rng = np.random.default_rng(0)
+    return [
+        Example(
+            rng.integers(0, vocabulary, size=n, dtype=np.int32), np.ones(n, dtype=np.float32) * (1 + i / 2), f"probe:{i}"
+        )
+        for i, n in enumerate(LENGTHS)
+    ]
+
+
+def _run(trainee: Trainee, batch: Batch, *, mask_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, V) logits and (N, D) gradients of the summed loss by the embedding's output, both float32."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        leaf = output.detach().requires_grad_()
+        seen.append(leaf)
+        return leaf
+
+    handle = trainee.causal.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.autocast(batch.input_ids.device.type, trainee.compute_dtype, enabled=trainee.autocast):
+            logits = trainee.causal(
+                input_ids=batch.input_ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                **({} if mask_only else attention_inputs(batch)),
+            ).logits.flatten(0, 1)
+        loss = logits_loss_sum(logits.index_select(0, batch.target_index_M), batch.targets_M, batch.weights_M)
+        (gradient,) = torch.autograd.grad(loss, seen[:1])
+    finally:
+        handle.remove()
+    return logits.detach().float(), gradient.flatten(0, 1).float()
+
+
+def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([logits for logits, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    scale = theirs.pow(2).mean().sqrt().clamp_min(1e-12)
+    return float(((ours - theirs).pow(2).mean().sqrt() / scale).item())
+
+
+def _set_attention(causal: Any, name: str) -> None:
+    causal.set_attn_implementation(name)
+
+
+@contextmanager
+def _short_windows(causal: Any) -> Iterator[None]:
+    """Every sliding window in configuration and modules is `WINDOW` tokens inside."""
+    holders = [causal.config, causal.config.get_text_config(), *causal.modules()]
+    before = [(h, h.sliding_window) for h in holders if isinstance(getattr(h, "sliding_window", None), int)]
+    try:
+        for holder, _ in before:
+            holder.sliding_window = WINDOW
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
+
+
+@contextmanager
+def _evaluation(trainee: Trainee) -> Iterator[None]:
+    """Dropout off, without `eval()`: that repacks 4-bit weights on some CPUs and loses their gradients."""
+    before = {module: module.p for module in trainee.modules() if isinstance(module, nn.Dropout)}
+    rates = {m: m.attention_dropout for m in trainee.modules() if isinstance(getattr(m, "attention_dropout", None), float)}
+    attention, alpha = trainee.causal.config._attn_implementation, trainee.neftune_alpha
+    trainee.neftune_alpha = None
+    try:
+        for module in before:
+            module.p = 0.0
+        for module in rates:
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+        yield
+    finally:
+        for module, rate in before.items():
+            module.p = rate
+        for module, rate in rates.items():
+            module.attention_dropout = rate  # type: ignore[assignment]
+        trainee.neftune_alpha = alpha
+        _set_attention(trainee.causal, attention)
+
+
+@contextmanager
+def _no_trained_gradients(trainee: Trainee) -> Iterator[None]:
+    """Gradients of weights are not wanted here: only those of the embedded row."""
+    trained = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
