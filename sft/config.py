@@ -22,13 +22,15 @@ ControlTokens = Literal["text", "allow", "error"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
     dir: str | None = None
     """Run folder; null: runs/<name of the config file>."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed. On CPU runs repeat anyway."""
 
@@ -64,7 +66,7 @@ class Model(Section):
     quantization: Quantization = Quantization()
     precision: Literal["auto", "bf16", "mixed", "fp32"] = "auto"
     attention: Literal["auto", "flat", "padded", "eager", "sdpa"] = "auto"
-    """auto and flat: flat rows where they prove equal; padded: sdpa on padded batches; eager, sdpa: padded with that."""
+    """auto, flat: flat rows where they prove equal; padded: sdpa on padded batches; eager, sdpa: padded with that."""
     gradient_checkpointing: Auto | bool = "auto"
     compile: bool = False
     """torch.compile."""
@@ -102,7 +104,7 @@ class Data(Section):
     @field_validator("train", "eval", mode="before")
     @classmethod
     def a_bare_path_is_a_source(cls, value: Any) -> Any:
-        if isinstance(value, str):
+        if isinstance(value, str | dict):
             value = [value]
         if isinstance(value, list):
             return [{"path": item} if isinstance(item, str) else item for item in value]
