@@ -1,0 +1,72 @@
+"""A stall of one rank ends the job in bounded time, and says where it stalled."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from sft.errors import EXIT_FAILED
+
+# A rank that waits for others gets longer, so that the rank that stalls is the one that speaks and ends first.
+PATIENCE_WHILE_WAITING = 1.5
+_MARGIN_SECONDS = 5.0
+
+
+class Watchdog:
+    """Ends the process (exit 1) when `beat` was not called for `timeout_s` seconds; prints phase and stacks once.
+
+    The launcher ends the other ranks then. `describe()` adds what the caller knows (rank, step); it must not block.
+    """
+
+    def __init__(self, timeout_s: float, describe: Callable[[], str] = lambda: "") -> None:
+        assert timeout_s > 0
+        self._timeout_s = timeout_s
+        self._describe = describe
+        self._phase = "start"
+        self._deadline = float("inf")
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.beat(self._phase)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def beat(self, phase: str, *, waiting: bool = False, timeout_s: float | None = None) -> None:
+        """`phase` begins now. `waiting`: for other ranks. `timeout_s`: for a phase that may take longer."""
+        allowed = timeout_s or self._timeout_s
+        if waiting:
+            allowed = allowed * PATIENCE_WHILE_WAITING + _MARGIN_SECONDS
+        self._phase = phase
+        self._deadline = time.monotonic() + allowed
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._timeout_s / 10)
+        while not self._stopped.wait(pause):
+            if time.monotonic() > self._deadline:
+                self._end()
+
+    def _end(self) -> None:
+        try:
+            what = f"{self._describe()}: no progress for {self._timeout_s:.0f} s".removeprefix(": ")
+            print(f"error: {what}; last phase: {self._phase}. Stacks follow.", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        finally:
+            os._exit(EXIT_FAILED)
