@@ -131,6 +131,8 @@ def _limits(limits: Any) -> str:
             said.append(f"above {limit.gt}")
         elif isinstance(limit, annotated_types.Le):
             said.append(f"at most {limit.le}")
+        elif isinstance(limit, annotated_types.Lt):
+            said.append(f"below {limit.lt}")
     return f", {' and '.join(said)}" if said else ""
 
 

@@ -1,0 +1,294 @@
+"""The command line: parse, call one function, turn its outcome into an exit code.
+
+Nothing heavy is imported before a command needs it, so that help and config errors answer at once.
+Exit codes: 0 done; 2 the user can fix it; 75 stopped on a signal, resumable; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from sft import __version__
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, ConfigError, SftError, Stopped
+
+if TYPE_CHECKING:
+    from sft.configfile import LoadedConfig
+
+app = typer.Typer(
+    name="sft",
+    help="Supervised finetuning whose every trained token can be seen, and which can be killed anywhere.\n\n"
+    "Start: [bold]sft init DATA --model NAME --out my.yaml[/], then [bold]sft check my.yaml[/], [bold]sft train "
+    "my.yaml[/].",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+BEFORE, TRAINING, AFTER = "Before training", "Training", "Afterwards"
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Override any key: optim.lr=1e-4 data.train.0.limit=100"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def guarded(command: Command) -> Command:
+    """Runs a command, prints its error once, and exits with the code that belongs to the outcome."""
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            code = command(*args, debug=debug, **kwargs)
+        except (SftError, Stopped, KeyboardInterrupt, BrokenPipeError, Exception) as error:
+            code = explain(error, debug=debug)
+        raise typer.Exit(code or EXIT_DONE)
+
+    return run  # type: ignore[return-value]
+
+
+def explain(error: BaseException, *, debug: bool) -> int:
+    """Prints what went wrong on stderr, without credentials, and returns the exit code.
+
+    Every process of a launch reads the same config, so the first one on each machine says what is wrong with it.
+    An error that carries a true attribute `said` was printed by another rank already.
+    """
+    from sft.secrets import mask_secrets
+
+    code = EXIT_FAILED
+    lines = [f"error: {str(error) or type(error).__name__}"]
+    if isinstance(error, SftError):
+        code = EXIT_USER
+    elif isinstance(error, Stopped | KeyboardInterrupt):
+        code = EXIT_STOPPED
+        lines = [str(error) or "stopped; the same command goes on from here"]
+    elif isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
+    elif not debug:
+        lines = [f"error, not foreseen: {type(error).__name__}: {error}"]
+    if debug or code == EXIT_FAILED:
+        import traceback
+
+        lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
+    if not getattr(error, "said", False) and not (isinstance(error, ConfigError) and not first_on_machine()):
+        print(mask_secrets(rank_prefix() + "\n".join(lines)), file=sys.stderr, flush=True)
+    return code
+
+
+def rank_prefix() -> str:
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+    return f"[rank {os.environ['RANK']}] " if several else ""
+
+
+def first_on_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def load(config: str, overrides: list[str] | None) -> LoadedConfig:
+    """The checked config; keys that are set but never read are named on stderr."""
+    from sft.configfile import load_config
+
+    loaded = load_config(config, overrides or ())
+    if first_on_machine():
+        for warning in loaded.unread:
+            print(f"warning: {warning}", file=sys.stderr)
+    return loaded
+
+
+@app.command(rich_help_panel=BEFORE)
+@guarded
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="File, glob, folder or hub id.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Hub id, folder or .gguf file.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write here instead of printing.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Look at the data and the model, and print a commented config to start from."""
+    from sft.init import suggest_config
+
+    text = suggest_config(data, model)
+    if out is None:
+        print(text, end="")
+        return
+    if out.exists():
+        raise ConfigError(f"{out} exists; remove it or name another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"{out} written. Read it, then: sft check {out}", file=sys.stderr)
+
+
+@app.command(rich_help_panel=BEFORE)
+@guarded
+def check(config: Config, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> int:
+    """Preflight in seconds: config, data, template, mask proof, stop tokens, memory, plan of steps."""
+    from sft.check import check
+
+    return check(load(config, overrides), as_json=as_json)
+
+
+@app.command(rich_help_panel=BEFORE)
+@guarded
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="How many examples.")] = 4,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show examples token by token, the trained ones in colour."""
+    from sft.preview import preview
+
+    preview(load(config, overrides), n=n, html=html, json_lines=as_json)
+
+
+@app.command(rich_help_panel=BEFORE)
+@guarded
+def prepare(config: Config, overrides: Overrides = None, debug: Debug = False) -> int:
+    """Render, prove and tokenise the data once, into a cache keyed by its content."""
+    from sft.prepare import prepare_command
+
+    return prepare_command(load(config, overrides))
+
+
+@app.command(rich_help_panel=TRAINING)
+@guarded
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the old run aside and start over.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option("--allow-change", metavar="KEY", help="Resume although KEY changed; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Train; run again on the same run folder, it resumes by itself."""
+    loaded = load(config, overrides)
+    from sft.train import train
+
+    return train(loaded, fresh=fresh, allow_change=list(allow_change or ()))
+
+
+@app.command(rich_help_panel=TRAINING)
+@guarded
+def sweep(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file of a sweep.", show_default=False)],
+    debug: Debug = False,
+) -> int:
+    """Search hyperparameters as a YAML file says; run again, it resumes."""
+    from sft.sweep import sweep as run_sweep
+
+    return run_sweep(sweep)
+
+
+@app.command("eval", rich_help_panel=AFTER)
+@guarded
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PATH", help="A run, a checkpoint, an adapter or a model.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Token-weighted loss, perplexity, token accuracy, stop probability, generations."""
+    loaded = load(config, overrides)
+    from sft.evaluate import evaluate_path
+
+    return evaluate_path(loaded, model or str(loaded.run_dir), as_json)
+
+
+@app.command(rich_help_panel=AFTER)
+@guarded
+def chat(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, an adapter or a model.", show_default=False)],
+    debug: Debug = False,
+) -> int:
+    """Talk to a run, an adapter or a model."""
+    from sft.chat import chat
+
+    return chat(path)
+
+
+@app.command(rich_help_panel=AFTER)
+@guarded
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the 16-bit base.")] = False,
+    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this hub repository.")] = None,
+    debug: Debug = False,
+) -> int:
+    """Write a plain Hugging Face model folder."""
+    from sft.export import export
+
+    return export(run, out=out, merge=merge, push=push)
+
+
+@app.command(rich_help_panel=AFTER)
+@guarded
+def report(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run or sweep folder.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page for a run or a sweep."""
+    from sft.report import write_report
+
+    print(write_report(path))
+
+
+@app.command(rich_help_panel=BEFORE)
+@guarded
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of the config, for editors."""
+    import json
+
+    from sft.configfile import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of `sft` and of `python -m sft`."""
+    dashed = [argument for argument in sys.argv[1:] if re.match(r"--\w+\.\w", argument)]
+    if dashed:
+        print(f"error: {dashed[0]}: overrides are written without dashes: optim.lr=1e-4", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    app(prog_name="sft")
+
+
+if __name__ == "__main__":
+    main()
