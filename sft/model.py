@@ -91,7 +91,6 @@ def load_base(
     if device is not None and quantization is None:
         model.to(device)
     own_storage(model)
-    model.config.use_cache = False
     return model
 
 
@@ -288,7 +287,6 @@ def load_trained(path: Path | str, *, dtype: torch.dtype | None = None, device: 
     else:
         model = load_base(str(source), dtype=dtype or "auto", device=device)
         tokenizer = AutoTokenizer.from_pretrained(model_source(str(source)))
-    model.config.use_cache = True
     return model.eval(), tokenizer
 
 

@@ -64,6 +64,32 @@ def deal(lengths_E: Sequence[int], ranks: int, micro_tokens: int) -> list[list[l
     ]
 
 
+def deal_padded(
+    lengths_E: Sequence[int], ranks: int, micro_tokens: int, max_padding: float = 0.05
+) -> list[list[list[int]]]:
+    """As `deal`, for batches that are padded to their longest example: neighbours in length share a micro-batch.
+
+    A micro-batch takes at most `micro_tokens` positions, padding included, and at most `max_padding` of it is padding.
+    """
+    by_rank = [sum(bins, []) for bins in deal(lengths_E, ranks, micro_tokens=2**62)]
+    grouped = []
+    for members in by_rank:
+        bins: list[list[int]] = []
+        real = 0
+        for index in sorted(members, key=lambda i: (-lengths_E[i], i)):
+            width = lengths_E[bins[-1][0]] if bins else 0
+            area = width * (len(bins[-1]) + 1) if bins else 0
+            if bins and area <= micro_tokens and real + lengths_E[index] >= (1 - max_padding) * area:
+                bins[-1].append(index)
+                real += lengths_E[index]
+            else:
+                bins.append([index])
+                real = lengths_E[index]
+        grouped.append(bins)
+    count = max(1, *(len(bins) for bins in grouped))
+    return [bins + [[] for _ in range(count - len(bins))] for bins in grouped]
+
+
 def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Fewest bins of at most `micro_tokens` by first-fit-decreasing, then levelled so that no bin is left a stump.
 

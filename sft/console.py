@@ -1,0 +1,61 @@
+"""What a run says on the terminal: plain lines, and one live line where there is a terminal to keep it on."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Console:
+    """Says things on rank 0's stderr; the live line shows only on a terminal. Results go elsewhere, to files."""
+
+    def __init__(self, *, enabled: bool, total_steps: int = 0, first_step: int = 0) -> None:
+        self._enabled = enabled
+        self._progress: Progress | None = None
+        self._total, self._first = total_steps, first_step
+
+    def __enter__(self) -> Console:
+        if self._enabled and sys.stderr.isatty():
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=RichConsole(stderr=True),
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self._total, completed=self._first, numbers="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def say(self, text: str) -> None:
+        if not self._enabled:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, event: dict[str, Any]) -> None:
+        """Moves the live line to a train event."""
+        if self._progress is None:
+            return
+        loss = event["loss"]
+        numbers = (
+            f"loss {'-' if loss is None else format(loss, '.4f')}  lr {event['learning_rate']:.2e}  "
+            f"{event['tokens_per_second']:,.0f} tok/s"
+        )
+        self._progress.update(self._task, completed=event["step"], numbers=numbers)
