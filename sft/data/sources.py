@@ -1,0 +1,210 @@
+"""File, folder, glob or hub id → rows that know their `file:line`.
+
+    read_rows("data/a.jsonl", columns={"question": "prompt"})  →  Row("data/a.jsonl:1", {"prompt": …}), …
+
+Files are read by `readers`, line by line in bounded memory; a hub id goes through `datasets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sft.data.readers import READERS, BadRow, Row, Rows, kind_of, read_file, rows_of_batches
+from sft.errors import DataError, did_you_mean
+
+__all__ = ["BadRow", "Row", "file_of", "read_rows", "source_files", "source_fingerprint"]
+
+HEAD_ROWS = 100
+"""A column that none of the first rows has does not exist."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+
+
+def read_rows(
+    path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] = {},
+    limit: int | None = None,
+) -> Rows:
+    """The rows of a source in order, `columns` renamed (theirs → ours), at most `limit` of them.
+
+    Raises DataError where the source or a column does not exist or a file is unreadable as a whole; a row that is
+    unreadable comes as `BadRow`. `split` picks among the files of a folder whose names say train, test, validation.
+    """
+    twice = sorted({ours for ours in columns.values() if list(columns.values()).count(ours) > 1})
+    if twice:
+        raise DataError(f"columns: two columns are mapped to '{twice[0]}': {dict(columns)}. Map one of them")
+    files = source_files(path, split)
+    if files:
+        rows: Rows = itertools.chain.from_iterable(read_file(file, _shown(file), columns) for file in files)
+    else:
+        rows = _read_hub(path, split, subset, revision)
+    return itertools.islice(_renamed(rows, columns, path), limit)
+
+
+def file_of(source: str) -> str:
+    """`a.jsonl` of `a.jsonl:17`: where a row's neighbours are, which share its format."""
+    return source.rpartition(":")[0] or source
+
+
+def source_files(path: str, split: str = "train") -> list[Path]:
+    """The files of a source, sorted; empty for a hub id. Raises DataError where nothing is found."""
+    expanded = Path(path).expanduser()
+    if expanded.is_file():
+        if not kind_of(expanded):
+            raise DataError(f"{path}: no reader for this kind of file. Known: {_kinds()}")
+        return [expanded]
+    if expanded.is_dir():
+        found = [f for f in sorted(expanded.rglob("*")) if f.is_file() and _wanted(f.relative_to(expanded))]
+        if not found:
+            raise DataError(f"{path}: no data files in this folder. Known kinds: {_kinds()}")
+        return _of_split(found, expanded, split)
+    if glob.has_magic(path):
+        matched = sorted(Path(f) for f in glob.glob(str(expanded), recursive=True))
+        found = [f for f in matched if f.is_file() and kind_of(f)]
+        if not found:
+            raise DataError(f"{path}: matches {len(matched)} paths, none of them a data file. Known kinds: {_kinds()}")
+        return found
+    if _HUB_ID.fullmatch(path) and not kind_of(expanded):
+        return []
+    raise DataError(f"{path}: no such file or folder, seen from {Path.cwd()}.{_nearest(expanded)}")
+
+
+def _shown(file: Path) -> str:
+    return file.as_posix()
+
+
+def _kinds() -> str:
+    return ", ".join(READERS) + " (.gz for text)"
+
+
+def _wanted(relative: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in relative.parts)
+    return not hidden and bool(kind_of(relative)) and not relative.name.startswith(("cache-", "dataset_info", "state."))
+
+
+def _nearest(path: Path) -> str:
+    beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f" Did you mean '{path.parent / near[0]}'?" if near else " Check data.train[].path"
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Where names of files or folders carry train, test or validation, only those of the split asked for.
+
+    Otherwise a folder with train.jsonl and test.jsonl would silently train on its test rows. Files without such a
+    word belong to train.
+    """
+    wanted = _SPLIT_WORDS.get(split, split)
+    splits = {file: _split_word(file.relative_to(folder)) for file in files}
+    if not any(splits.values()):
+        return files
+    chosen = [file for file in files if (splits[file] or "train") == wanted]
+    if not chosen:
+        listed = ", ".join(f"{file.relative_to(folder)} ({splits[file] or 'none'})" for file in files[:10])
+        raise DataError(f"{folder}: no file for split '{split}' among {listed}. Set split, or name the file itself")
+    return chosen
+
+
+def _split_word(relative: Path) -> str | None:
+    for part in reversed(relative.parts):
+        words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLIT_WORDS]
+        if words:
+            return words[0]
+    return None
+
+
+def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
+    """The rows with columns renamed. A column that the first rows lack raises; a mapped one replaces its namesake."""
+    if not columns:
+        yield from rows
+        return
+    head: list[Row | BadRow] = list(itertools.islice(rows, HEAD_ROWS))
+    good = [row for row in head if isinstance(row, Row)]
+    seen = list(dict.fromkeys(key for row in good for key in row.data))
+    for theirs in columns:
+        if good and theirs not in seen:
+            raise DataError(
+                f"{path}: no column '{theirs}' in the first {len(good)} rows; columns seen: {', '.join(seen)}."
+                f"{did_you_mean(theirs, seen)} columns maps their names to ours, e.g. {{question: prompt}}"
+            )
+    ours = set(columns.values())
+    for row in itertools.chain(head, rows):
+        if isinstance(row, Row):
+            kept = {key: value for key, value in row.data.items() if key not in ours and key not in columns}
+            renamed = {columns[key]: value for key, value in row.data.items() if key in columns}
+            yield Row(row.source, {**kept, **renamed}, row.size)
+        else:
+            yield row
+
+
+def _load_hub(path: str, split: str, subset: str | None, revision: str | None) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        data = datasets.load_dataset(path, name=subset, split=split, revision=revision, streaming=False)
+    except Exception as error:  # datasets raises its own, HTTP's, the hub's and the file system's errors
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise DataError(
+            f"{path}: is no file here, and as a dataset of the hub (split '{split}', subset {subset}, revision "
+            f"{revision}) it cannot be loaded: {type(error).__name__}: {reason}. Check path, split, subset, revision, "
+            "the network, and HF_TOKEN for a private dataset; or download it and name the files"
+        ) from error
+    return data
+
+
+def _read_hub(path: str, split: str, subset: str | None, revision: str | None) -> Rows:
+    data = _load_hub(path, split, subset, revision).with_format("arrow")
+    tables = (table for table in data.iter(1024))
+    batches = itertools.chain.from_iterable(table.to_batches() for table in tables)
+    yield from rows_of_batches(batches, f"{path}[{split}]")
+
+
+def source_fingerprint(
+    path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] = {},
+    limit: int | None = None,
+) -> str:
+    """SHA-256 over the settings and over the bytes of every file: changes with any row, not with a file's date."""
+    settings = json.dumps([path, split, subset, revision, dict(columns), limit], sort_keys=True)
+    digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
+    files: Iterable[Path] = source_files(path, split)
+    if not files:
+        data = _load_hub(path, split, subset, revision)
+        files = [Path(cached["filename"]) for cached in data.cache_files]
+        digest.update(f"{data.num_rows} {data.features} {data._fingerprint if not files else ''}".encode())
+    for file in files:
+        digest.update(f"\n{_shown(file)} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                yield block
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}. Check its permissions") from error
