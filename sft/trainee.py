@@ -6,7 +6,7 @@ a scalar come out, and never a logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from sft.loss import LogitTransform, head_loss_sum, linear_loss_sum, logits_loss
 from sft.types import Batch
 
 HeadPath = Literal["chunked", "model"]
+Head = Callable[[torch.Tensor], torch.Tensor]
+Score = Callable[[torch.Tensor, Head], torch.Tensor]
 
 
 class Trainee(nn.Module):
@@ -50,17 +52,27 @@ class Trainee(nn.Module):
         targets_M: torch.Tensor,
         weights_M: torch.Tensor,
         attention: dict[str, Any],
+        score: Score | None = None,
     ) -> torch.Tensor:
-        """`attention` holds the segments of a flat row or the mask of padded ones. Returns a float32 scalar."""
+        """`attention` holds the segments of a flat row or the mask of padded ones. Returns a float32 scalar.
+
+        With `score`, returns what that makes of the features (M, D) at the targets and the head that reads them:
+        inside forward, since a sharded head is whole only here.
+        """
         inputs = {"input_ids": input_ids, "position_ids": positions, "use_cache": False, **attention}
         with torch.autocast(input_ids.device.type, self.compute_dtype, enabled=self.autocast):
-            if self.head_path == "model":
+            if self.head_path == "model" and score is None:
                 return self._own_path(inputs, target_index_M, targets_M, weights_M)
+            if self.head_path == "model" and score is not None:
+                logits = self.causal(**inputs).logits.flatten(0, 1).index_select(0, target_index_M)
+                return score(logits, lambda logits_mV: logits_mV)
             hidden = self.backbone(**inputs).last_hidden_state
             hidden_MD = hidden.flatten(0, 1).index_select(0, target_index_M)
             head = self.causal.get_output_embeddings()
             if self.autocast:
                 hidden_MD = hidden_MD.to(self.compute_dtype)
+            if score is not None:
+                return score(hidden_MD, lambda h: self.transform(head(h)))
             if type(head) is nn.Linear and head.bias is None and self.transform == LogitTransform():
                 return linear_loss_sum(hidden_MD, head.weight, targets_M, weights_M)
             vocabulary = self.causal.config.get_text_config().vocab_size
@@ -99,7 +111,7 @@ class Trainee(nn.Module):
             self._noise_lengths = None
 
 
-def loss_sum(module: nn.Module, trainee: Trainee, batch: Batch) -> torch.Tensor:
+def loss_sum(module: nn.Module, trainee: Trainee, batch: Batch, score: Score | None = None) -> torch.Tensor:
     """Runs `batch` (on its device) through `module`, which is `trainee` or a wrapper of it (DDP, FSDP)."""
     with trainee.noise_for(batch.segment_lengths):
         loss: torch.Tensor = module(
@@ -109,6 +121,7 @@ def loss_sum(module: nn.Module, trainee: Trainee, batch: Batch) -> torch.Tensor:
             batch.targets_M,
             batch.weights_M,
             attention_inputs(batch),
+            score,
         )
     return loss
 

@@ -1,0 +1,356 @@
+"""From a config to everything that a step needs: devices, model, optimizer, plan. One function a decision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sft import attention, optim
+from sft.config import Config
+from sft.data.collate import flat, idle, to_device
+from sft.errors import DeviceError
+from sft.isolation import compare
+from sft.model import (
+    add_adapter,
+    count_parameters,
+    dtypes,
+    fit_vocabulary,
+    load_base,
+    resolve_precision,
+)
+from sft.schedule import Plan
+from sft.trainee import Trainee, loss_sum
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sft.tokenizer import TokenizerBundle
+
+LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+GROUP_TIMEOUT = timedelta(minutes=30)
+CPU_MICRO_TOKENS = 4096  # beyond a few thousand tokens a CPU's matrix products gain nothing
+
+
+@dataclass
+class Job:
+    """What the loop works on. `module` is `trainee`, or its wrapper where several processes train."""
+
+    accelerator: Accelerator
+    trainee: Trainee
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    names: Mapping[nn.Parameter, str]
+    plan: Plan
+    peak_lr: float
+    flat_rows: bool
+    micro_tokens: int
+    pad_id: int
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.accelerator.state.fsdp_plugin is not None
+
+
+def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerator:
+    """The process group and devices as the launcher set them up; every choice that matters here is passed by hand."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    return Accelerator(
+        # Autocast is the trainee's; only FSDP needs to know, because it casts what it gathers.
+        mixed_precision="bf16" if sharded and precision == "mixed" else "no",
+        # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+        ],
+        log_with=list(config.log.trackers) or None,
+        project_dir=str(run_dir),
+    )
+
+
+def unused_gpus_hint(command: str = "CONFIG") -> str | None:
+    """The line that uses all GPUs, where one process runs beside idle ones."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return f"{count} GPUs here, 1 in use. To use all: accelerate launch --num_processes {count} -m sft train {command}"
+    return None
+
+
+def set_determinism(config: Config) -> None:
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def build_trainee(
+    config: Config,
+    bundle: TokenizerBundle,
+    *,
+    device: torch.device,
+    checkpoint: Path | None,
+    grown_to: int | None,
+    say: Callable[[str], None],
+) -> tuple[Trainee, dict[str, Any]]:
+    """The model to train, from its base or from a checkpoint's model/, and facts about it for the record."""
+    attention.register()
+    precision = resolve_precision(config.model.precision, device)
+    kinds = dtypes(precision)
+    tuning = config.model.tuning
+    model = load_base(
+        str(checkpoint / "model") if checkpoint and tuning == "full" else config.model.name,
+        revision=None if checkpoint and tuning == "full" else config.model.revision,
+        dtype=kinds.trained if tuning == "full" else kinds.frozen,
+        quantization=config.model.quantization if tuning == "qlora" else None,
+        compute_dtype=kinds.compute,
+        attention=attention.FLAT if config.model.attention in ("auto", "flat") else _padded_attention(config),
+        device=device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    rows = _fit_tokens(model, config, bundle, checkpoint=checkpoint, grown_to=grown_to, say=say)
+    if tuning != "full":
+        if tuning == "qlora":
+            _prepare_quantized(model)
+        model = add_adapter(
+            model,
+            config.model.lora,
+            seed=config.run.seed,
+            trained_token_ids=rows["trained_ids"],
+            adapter=str(checkpoint / "model") if checkpoint else config.model.adapter,
+            trained_dtype=kinds.trained,
+        )
+        _follow_inputs(model)
+    trainee = Trainee(
+        model,
+        compute_dtype=kinds.compute,
+        autocast=kinds.compute != kinds.trained,
+        neftune_alpha=config.train.neftune_alpha,
+    )
+    trained, every = count_parameters(trainee)
+    facts = {"precision": precision, "trained_parameters": trained, "parameters": every, **rows}
+    return trainee, facts
+
+
+def _padded_attention(config: Config) -> str:
+    return "eager" if config.model.attention == "eager" else "sdpa"
+
+
+def _prepare_quantized(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _follow_inputs(model: Any) -> None:
+    """Adapters take activations as they come, without PEFT's cast to float32 and back: autocast decides."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
+def _fit_tokens(
+    model: Any,
+    config: Config,
+    bundle: TokenizerBundle,
+    *,
+    checkpoint: Path | None,
+    grown_to: int | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Rows for the template's tokens. A checkpoint's model has had its start; its vocabulary is only grown again."""
+    if checkpoint is not None:
+        if grown_to is not None and grown_to > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(grown_to, mean_resizing=False)
+        return {"trained_ids": [], "grown_to": grown_to, "warm_started": [], "untrained": []}
+    tokenizer = bundle.tokenizer
+    rows = fit_vocabulary(
+        model,
+        vocabulary=len(tokenizer),
+        template_tokens={token: tokenizer.convert_tokens_to_ids(token) for token in template_tokens(bundle)},
+        added_tokens=bundle.added_tokens,
+        end_of_text_id=end_of_text_id(model, bundle),
+        warm_start=config.model.warm_start_tokens in ("auto", True),
+    )
+    if rows.warm_started:
+        say(f"never-trained tokens start from the end-of-text row: {' '.join(rows.warm_started)}")
+    if rows.untrained:
+        say(f"warning: tokens with untrained rows: {' '.join(rows.untrained)} (cure: model.warm_start_tokens: auto)")
+    return {
+        "trained_ids": list(rows.trained_ids),
+        "grown_to": rows.grown_to,
+        "warm_started": list(rows.warm_started),
+        "untrained": list(rows.untrained),
+    }
+
+
+def template_tokens(bundle: TokenizerBundle) -> list[str]:
+    """Added tokens that the template spells or that serving stops at."""
+    tokenizer = bundle.tokenizer
+    stops = {tokenizer.convert_ids_to_tokens(index) for index in bundle.stop_ids}
+    text = bundle.template or ""
+    return [token for token in tokenizer.get_added_vocab() if token in text or token in stops]
+
+
+def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
+    """What the base model learned to end texts with: its generation settings' end, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    return first if first is not None else bundle.tokenizer.eos_token_id
+
+
+def prove(trainee: Trainee, config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """Whether flat rows and the chunked head serve this model: `{"flat_rows", "head_path", …}`.
+
+    Raises DeviceError where the user insists on flat rows and the model fails.
+    """
+    wanted = config.model.attention
+    if wanted not in ("auto", "flat"):
+        return {"flat_rows": False, "head_path": "chunked"}
+    try:
+        verdict = compare(trainee, device)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        # A model whose layers refuse flat rows: linear attention, convolutions, encoders.
+        verdict, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        reason = f"logits differ by {verdict.logits:.1e}, gradients by {verdict.gradients:.1e}"
+    exact = verdict is not None and verdict.flat_is_exact
+    if not exact:
+        if wanted == "flat":
+            raise DeviceError(f"model.attention: flat rows change this model ({reason}). Use auto or padded.")
+        say(f"flat rows change this model ({reason}): training on padded batches grouped by length")
+        trainee.causal.set_attn_implementation(_padded_attention(config))
+    head = "chunked" if verdict is not None and verdict.head_is_exact else "model"
+    if head == "model":
+        say("this model's head does more than a matrix product: its own logits are used")
+    return {"flat_rows": exact, "head_path": head}
+
+
+def wants_checkpointing(config: Config, parameters: int, tokens: int, device: torch.device) -> bool:
+    """`auto`: only where activations of `tokens` would not fit beside weights and optimizer."""
+    setting = config.model.gradient_checkpointing
+    if setting != "auto":
+        return bool(setting)
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    states = 12 * parameters if config.model.tuning == "full" else 0
+    # about 34 bytes a hidden unit and layer in 16 bit (Korthikanti et al., arXiv:2205.05198, without attention maps)
+    activations = 34 * tokens * (parameters / 12) ** 0.5 * 8
+    return states + activations > 0.8 * free
+
+
+def warm_up(job: Job) -> None:
+    """One idle pass through DDP, its gradients thrown away.
+
+    DDP regroups its buckets after the first backward pass. Were that the first step, a resumed process would reduce
+    its first step in other groups than the uninterrupted run did, and differ in the last bits.
+    """
+    if job.world == 1 or job.is_sharded:
+        return
+    batch = to_device(flat([idle()]), job.device)
+    loss = loss_sum(job.module, job.trainee, batch)
+    job.accelerator.backward(loss)
+    job.optimizer.zero_grad(set_to_none=True)
+    job.module.zero_grad(set_to_none=True)
+
+
+def choose_micro_tokens(job: Job, config: Config, longest: int, step_tokens: int) -> int:
+    """The largest micro-batch that fits, by measured passes on CUDA; on CPU what its matrix products want.
+
+    `longest`: tokens of the longest example, which must fit in any case. `step_tokens`: of a step on this rank.
+    """
+    if config.batch.micro_tokens != "auto":
+        return int(config.batch.micro_tokens)
+    if job.device.type != "cuda":
+        return max(longest, CPU_MICRO_TOKENS)
+    fits, tokens = longest, longest
+    base = torch.cuda.memory_allocated(job.device)
+    budget = 0.85 * (torch.cuda.mem_get_info(job.device)[0] + torch.cuda.memory_reserved(job.device)) - base
+    while tokens <= max(longest, step_tokens):
+        try:
+            used = _measured_bytes(job, tokens) - base
+        except torch.OutOfMemoryError:
+            break
+        fits = tokens
+        room = int(tokens * budget / max(used, 1))
+        if room < tokens * 2:
+            fits = max(longest, min(room, step_tokens)) if room > tokens else tokens
+            break
+        tokens *= 2
+    torch.cuda.empty_cache()
+    return fits
+
+
+def _measured_bytes(job: Job, tokens: int) -> int:
+    """Peak bytes of one forward and backward pass over `tokens` tokens, all of them trained."""
+    import numpy as np
+
+    from sft.types import Example
+
+    torch.cuda.reset_peak_memory_stats(job.device)
+    pieces = [min(512, tokens - start) for start in range(0, tokens, 512)]
+    examples = [Example(np.ones(n, np.int32), np.ones(n, np.float32), "measure") for n in pieces if n > 1]
+    loss = loss_sum(job.module, job.trainee, to_device(flat(examples), job.device))
+    job.accelerator.backward(loss * 0)
+    job.module.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(job.device)
+
+
+def build_optimizer(config: Config, trainee: Trainee, lr: float) -> torch.optim.Optimizer:
+    settings = config.optim
+    return optim.build(
+        settings.type,
+        trainee.named_parameters(),
+        lr=lr,
+        weight_decay=settings.weight_decay,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+    )
+
+
+def peak_learning_rate(config: Config) -> float:
+    return LR[config.model.tuning] if config.optim.lr == "auto" else config.optim.lr
+
+
+def versions() -> dict[str, str]:
+    """What decides numbers beside the config."""
+    import importlib.metadata as metadata
+    import platform
+
+    names: Sequence[str] = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
+    found = {name: _version(metadata, name) for name in names}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+
+
+def _version(metadata: Any, name: str) -> str | None:
+    try:
+        return str(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return None
