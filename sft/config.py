@@ -28,17 +28,25 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """Where a run lives, and what makes it repeatable."""
+
     dir: str | None = None
     """Run folder; null: runs/<name of the config file>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the order of samples, dropout and new weights."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed. On CPU runs repeat anyway."""
 
 
 class Lora(Section):
+    """The adapter (arXiv:2106.09685)."""
+
     rank: Positive = 16
+    """Width of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32
+    """Updates are scaled by alpha / rank."""
     dropout: Share = 0.0
+    """Of the adapter's input, in training."""
     targets: str | list[str] = "all-linear"
     """all-linear, a regular expression, or a list of module names."""
     rslora: bool = False
@@ -48,58 +56,91 @@ class Lora(Section):
     modules_to_save: list[str] = []
     """Modules trained in full beside the adapter."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the adapter's weights start."""
 
 
 class Quantization(Section):
+    """The frozen base in 4 bits (QLoRA, arXiv:2305.14314)."""
+
     type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit code: nf4 suits weights, which are nearly normal."""
     double_quant: bool = True
+    """Quantise the scales too."""
 
 
 class Model(Section):
+    """What is trained, and how it computes."""
+
     name: str
     """Hub id, folder, or a .gguf file."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     tuning: Tuning = "lora"
+    """full: every weight; lora: a small adapter; qlora: an adapter on a 4-bit base."""
     adapter: str | None = None
     """A trained adapter to continue from."""
     lora: Lora = Lora()
+    """Read by lora and qlora."""
     quantization: Quantization = Quantization()
+    """Read by qlora."""
     precision: Literal["auto", "bf16", "mixed", "fp32"] = "auto"
+    """mixed: float32 trained weights, bf16 computation; bf16, fp32: both. Frozen weights follow the computation."""
     attention: Literal["auto", "flat", "padded", "eager", "sdpa"] = "auto"
     """auto, flat: flat rows where they prove equal; padded: sdpa on padded batches; eager, sdpa: padded with that."""
     gradient_checkpointing: Auto | bool = "auto"
+    """auto: when memory asks for it."""
     compile: bool = False
     """torch.compile."""
     warm_start_tokens: Auto | bool = "auto"
     """Set never-trained rows of template tokens to the end-of-text row."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
 
 
 class Source(Section):
+    """Rows from one place."""
+
     path: str
+    """File, glob, folder or hub id."""
     format: RowFormat = "auto"
+    """auto finds out, and says which."""
     split: str = "train"
+    """Of a hub id."""
     subset: str | None = None
+    """Of a hub id (its configuration)."""
     revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
     columns: dict[str, str] = {}
     """{their name: ours}, e.g. {question: prompt, answer: completion}."""
     limit: Positive | None = None
+    """Read that many rows."""
     repeat: Annotated[float, Field(gt=0)] = 1.0
     """How often the rows come in one epoch."""
 
 
 class Data(Section):
+    """What is trained on, and which of its tokens."""
+
     train: Annotated[list[Source], Field(min_length=1)]
+    """Sources, mixed; a bare path is a source too."""
     eval: float | list[Source] = 0.05
     """Below 1: share of train, at most 500 rows; whole number: that many rows; list: sources; 0: none."""
     template: str = "model"
+    """model (its own), chatml, zephyr, tulu, or a path to a .jinja file."""
     template_args: dict[str, Any] = {}
+    """Given to the template, e.g. {enable_thinking: false}."""
     train_on: Policy = "auto"
+    """auto: assistant for conversations, completion for prompt/completion texts, all for text."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
+    """Of one example."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to examples of more than max_tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """error: list the bad rows and stop; skip: count them in data_report.jsonl and go on."""
     max_dropped: Share = 0.05
+    """Stop when a larger share of rows is dropped, for whatever reason."""
     control_tokens_in_text: ControlTokens = "text"
+    """A message that spells a control token: text: ordinary characters, counted; allow; error."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -119,6 +160,8 @@ class Data(Section):
 
 
 class BatchSize(Section):
+    """A step is a number of conversations, whatever the hardware."""
+
     examples: Positive = 32
     """Conversations an optimizer step sees, over all ranks."""
     micro_tokens: Auto | Positive = "auto"
@@ -126,9 +169,14 @@ class BatchSize(Section):
 
 
 class Optim(Section):
+    """The optimizer and its learning rate."""
+
     type: OptimizerName = "adamw"
+    """The 8-bit ones need bitsandbytes."""
     lr: Auto | Annotated[float, Field(gt=0)] = "auto"
+    """Peak learning rate; auto: 2e-4 for lora and qlora, 2e-5 for full."""
     schedule: ScheduleName = "cosine"
+    """wsd: warm up, hold, decay at the end."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1: a share of the steps; else steps."""
     decay: Share = 0.2
@@ -136,53 +184,81 @@ class Optim(Section):
     min_lr_ratio: Share = 0.0
     """Where a decaying schedule ends, as a share of lr."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices; vectors (norms, biases) are never decayed."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Of AdamW."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Of AdamW."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """0: no clipping."""
 
 
 class EarlyStopping(Section):
+    """Stop when an evaluation metric no longer improves."""
+
     metric: str = "eval.loss"
+    """What must improve."""
     patience: Positive = 3
     """Evaluations without improvement."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smaller gains do not count."""
 
 
 class Train(Section):
+    """How long to train."""
+
     epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the data; 0.5 is half of one."""
     max_steps: Positive | None = None
+    """Instead of epochs: a number of steps."""
     early_stopping: EarlyStopping | None = None
+    """null: train to the end."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune noise on input embeddings (arXiv:2310.05914)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinity in the loss or a gradient does; no step is taken with it."""
     max_nonfinite_skips: Positive = 10
+    """With skip: stop after so many."""
 
 
 class Eval(Section):
+    """Evaluations: at the start, along the way, at the end."""
+
     every: Annotated[float, Field(ge=0)] = 0.1
     """Below 1: a share of the run; else steps; 0: only at the start and the end."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Held-out prompts answered at each evaluation."""
     max_new_tokens: Positive = 128
+    """Length of those answers, at most."""
 
 
 class Save(Section):
+    """Checkpoints."""
+
     every: Annotated[float, Field(ge=0)] = 0.2
     """Below 1: a share of the run; else steps; 0: only at the end."""
     keep: Positive = 2
+    """The newest so many; the best is kept besides."""
     best: str | None = None
     """A metric such as eval.loss; its checkpoint is kept and becomes final/."""
 
 
 class Log(Section):
+    """What is recorded, and where."""
+
     every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl."""
     project: str = "sft"
+    """For trackers."""
     name: str | None = None
+    """Of the run, for trackers; null: the run folder's name."""
 
 
 class Config(Section):
+    """All of it. Only `model.name` and `data.train` have no default."""
+
     run: Run = Run()
     model: Model
     data: Data

@@ -337,6 +337,8 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
         yield "eval", "data.eval is 0, so nothing is evaluated"
     elif config.eval.samples == 0:
         yield "eval.max_new_tokens", "eval.samples is 0"
+    if config.train.max_steps is not None:
+        yield "train.epochs", "train.max_steps says how long to train"
     if config.train.on_nonfinite == "stop":
         yield "train.max_nonfinite_skips", "train.on_nonfinite is stop"
     if not log.trackers:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sft.gguf import cache_root, tokenizer_source
 
 if TYPE_CHECKING:
     from sft.config import Config
@@ -15,14 +16,12 @@ if TYPE_CHECKING:
 
 
 def cache_dir() -> Path:
-    """Where prepared data lies: `$SFT_CACHE/prepared`, by default `~/.cache/sft/prepared`."""
-    home = os.environ.get("SFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sft"
-    return Path(home).expanduser() / "prepared"
+    """Where prepared data lies, shared by all runs: `$SFT_CACHE/prepared`, by default `~/.cache/sft/prepared`."""
+    return cache_root() / "prepared"
 
 
 def load_bundle(config: Config, *, pinned_date: str | None = None) -> TokenizerBundle:
     """The tokenizer and the template in use. Loads no weights. Raises ModelError, TemplateError."""
-    from sft.gguf import tokenizer_source
     from sft.tokenizer import load_tokenizer
 
     model, data = config.model, config.data
