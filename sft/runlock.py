@@ -119,7 +119,8 @@ class RunLock:
     def _taken(self, owner: dict[str, Any]) -> ResumeError:
         return ResumeError(
             f"{self._run_dir}: another run is at work here: host {owner.get('host', '?')}, "
-            f"process {owner.get('pid', '?')}, since {owner.get('since', '?')}. Wait for it, stop it, or choose another run.dir. "
+            f"process {owner.get('pid', '?')}, since {owner.get('since', '?')}. "
+            "Wait for it, stop it, or choose another run.dir. "
             f"If you know that it is dead (a lost machine), delete {self._path}."
         )
 
