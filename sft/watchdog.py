@@ -65,7 +65,7 @@ class Watchdog:
 
     def _end(self) -> None:
         try:
-            what = f"{self._describe()}: no progress for {self._timeout_s:.0f} s".removeprefix(": ")
+            what = f"{self._describe()}: no progress for {self._timeout_s:g} s".removeprefix(": ")
             print(f"error: {what}; last phase: {self._phase}. Stacks follow.", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         finally:
