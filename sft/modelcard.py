@@ -1,0 +1,235 @@
+"""The README.md of final/: what was trained on what, with which result, and how to talk to it. Plain values in,
+Markdown out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+METRICS = {
+    "loss": "loss (nats a token)",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "stop_probability": "probability of stopping where a turn ends",
+}
+METHODS = {"full": "full finetune", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def model_card(
+    config: Mapping[str, Any],
+    data_report: Mapping[str, Any],
+    *,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    best: str | None = None,
+    serving: str | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    steps: int | None = None,
+    tokens: int | None = None,
+    seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    resolved: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> str:
+    """Markdown with a YAML header for the hub.
+
+    `config`: the resolved config as nested plain values. `data_report`: `Prepared.report`. `before` and `after`: the
+    evaluations at step 0 and of the weights in this folder. `best`: the metric by which its checkpoint was chosen.
+    `serving`: what `serving.describe` said. `samples`: answers of the last evaluation. `tokens` and `seconds` of
+    training. `environment`: package versions. `resolved`: what `auto` became, by dotted key. `license`: only if known.
+    """
+    sections = [
+        _header(config, data_report, license),
+        _opening(config),
+        _talk(config),
+        _results(before, after, best, data_report),
+        _samples(samples),
+        _data(data_report),
+        _training(config, resolved or {}, steps=steps, tokens=tokens, seconds=seconds),
+        _template(data_report, config, serving),
+        _versions(environment),
+    ]
+    return "\n".join(section.strip("\n") + "\n" for section in sections if section)
+
+
+def public_name(name: str) -> str:
+    """A model's name without folders of the machine it was trained on; hub ids stay whole."""
+    if name.startswith("pkg://"):
+        return name.removeprefix("pkg://")
+    path = PurePath(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or len(path.parts) > 2
+    return path.name if local else name
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and public_name(name) == name
+
+
+def _header(config: Mapping[str, Any], report: Mapping[str, Any], license: str | None) -> str:
+    name, tuning = config["model"]["name"], config["model"]["tuning"]
+    lines = ["---"]
+    if is_hub_id(name):
+        lines += [f"base_model: {name}"]
+        lines += [f"base_model_relation: {'finetune' if tuning == 'full' else 'adapter'}"]
+    lines += [f"library_name: {'transformers' if tuning == 'full' else 'peft'}", "pipeline_tag: text-generation"]
+    if license:
+        lines.append(f"license: {license}")
+    datasets = [source["path"] for source in report.get("by_source", ()) if is_hub_id(str(source["path"]))]
+    if datasets:
+        lines += ["datasets:", *(f"  - {path}" for path in dict.fromkeys(datasets))]
+    tags = ["sft", "conversational"] + ([] if tuning == "full" else ["lora"])
+    return "\n".join([*lines, "tags:", *(f"  - {tag}" for tag in tags), "---"])
+
+
+def _opening(config: Mapping[str, Any]) -> str:
+    name, method = public_name(config["model"]["name"]), METHODS[config["model"]["tuning"]]
+    title = PurePath(str(config["run"].get("dir") or "model")).name
+    kind = "A" if config["model"]["tuning"] == "full" else "An adapter: a"
+    return f"# {title}\n\n{kind} {method} of **{name}**."
+
+
+def _talk(config: Mapping[str, Any]) -> str:
+    arguments = "".join(f", {key}={value!r}" for key, value in (config["data"].get("template_args") or {}).items())
+    if config["model"]["tuning"] == "full":
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        load = 'model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")'
+    else:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig"
+        load = (
+            'model = AutoPeftModelForCausalLM.from_pretrained(folder, device_map="auto")\n'
+            "model.generation_config = GenerationConfig.from_pretrained(folder)  # where to stop"
+        )
+    return f"""## Talk to it
+
+```python
+{imports}
+
+folder = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{arguments}
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+Or in a terminal: `sft chat FOLDER`."""
+
+
+def _results(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, best: str | None, report: Mapping[str, Any]
+) -> str:
+    if not after:
+        return "## Results\n\nNot evaluated: no rows were held out."
+    rows = (report.get("eval") or {}).get("kept")
+    over = f"On {rows:,} held-out rows" if rows else "On held-out rows"
+    lines = ["## Results", "", f"{over}, over all trained tokens."]
+    if best:
+        lines[-1] += f" These weights are the checkpoint with the best `{best}`."
+    lines += ["", "| | before | after |", "|---|---:|---:|"]
+    for key, title in METRICS.items():
+        if after.get(key) is not None:
+            lines.append(f"| {title} | {_number((before or {}).get(key))} | {_number(after[key])} |")
+    return "\n".join(lines)
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    if not samples:
+        return ""
+    lines = ["## Samples", "", "Greedy answers to held-out prompts.", ""]
+    for sample in samples[:4]:
+        lines += [_fenced(f"{sample['prompt']}{sample['completion']}{'' if sample['stopped'] else ' […]'}"), ""]
+    return "\n".join(lines)
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    lines = ["## Data", "", "| source | format | rows | kept | examples | tokens | trained |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    for source in report.get("by_source", ()):
+        path = str(source["path"])
+        shown = path if is_hub_id(path) else PurePath(path).name
+        counts = (_count(source.get(key)) for key in ("rows", "kept", "examples", "tokens", "trained_tokens"))
+        lines.append(f"| {_cell(shown)} | {source.get('format', '')} | " + " | ".join(counts) + " |")
+    totals = (_count(report.get(key)) for key in ("rows", "kept", "examples", "tokens", "trained_tokens"))
+    lines.append("| all | | " + " | ".join(totals) + " |")
+    dropped = {reason: count for reason, count in (report.get("dropped") or {}).items() if count}
+    if dropped:
+        lines += ["", "Dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) + "."]
+    return "\n".join(lines)
+
+
+def _training(
+    config: Mapping[str, Any],
+    resolved: Mapping[str, Any],
+    *,
+    steps: int | None,
+    tokens: int | None,
+    seconds: float | None,
+) -> str:
+    model, optim = config["model"], config["optim"]
+    learning_rate = resolved.get("optim.lr", optim["lr"])
+    precision = resolved.get("model.precision", model["precision"])
+    facts = [("method", METHODS[model["tuning"]])]
+    if model["tuning"] != "full":
+        lora = model["lora"]
+        facts.append(("adapter", f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"))
+        facts.append(("on", lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])))
+    facts += [
+        ("conversations a step", str(config["batch"]["examples"])),
+        ("epochs", f"{config['train']['epochs']:g}"),
+        ("steps", _count(steps)),
+        ("tokens seen", _count(tokens)),
+        ("time", "" if seconds is None else _duration(seconds)),
+        ("optimizer", str(optim["type"])),
+        ("learning rate", f"{_number(learning_rate)}, {optim['schedule']}"),
+        ("precision", str(precision)),
+        ("seed", str(config["run"]["seed"])),
+    ]
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts if value]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *rows])
+
+
+def _template(report: Mapping[str, Any], config: Mapping[str, Any], serving: str | None) -> str:
+    stops = " ".join(f"`{token}`" for token in report.get("stop_tokens", ()))
+    lines = ["## Template", "", f"Chat template: {report.get('template', config['data']['template'])}. "]
+    lines[-1] += f"A turn ends with {stops}." if stops else ""
+    arguments = config["data"].get("template_args")
+    if arguments:
+        lines += ["", f"The template was given `{json.dumps(arguments, ensure_ascii=False)}`; give it the same."]
+    lines += ["", f"Serving equals training: {serving or 'not checked.'}"]
+    return "\n".join(lines)
+
+
+def _versions(environment: Mapping[str, str] | None) -> str:
+    if not environment:
+        return ""
+    return "Made with " + ", ".join(f"{name} {version}" for name, version in environment.items()) + "."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ("–" if value is None else str(value))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,171 @@
+"""Serving equals training: held-out prompts go through the saved folder exactly as a stranger would load it.
+
+The ids that the stranger's `apply_chat_template` makes must be those that training saw, and greedy generation must end
+by itself at a token that the saved generation config names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.evaluate import inference_mode_of
+from sft.generate import complete
+
+SHOWN = 160  # characters of a text that a report carries
+
+
+def check_serving(
+    folder: Path | str,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    model: Any = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Checks `folder` on held-out samples and returns what came of it, as plain values.
+
+    A sample holds `source`, `messages` and `tools` (or a string `prompt`), and the `prompt_ids` of training. `model`
+    spares loading the weights a second time: tokenizer and generation config come from the folder in any case.
+    `template_args` are what training gave to the template; a stranger has to give them too, so the result names them.
+
+    Keys: passed, checked, ids_equal, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
+    template_args, mismatches, excepted (prompts whose text spells a control token: a stranger's tokenizer turns that
+    text into the token, training did not), answers.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    arguments = dict(template_args or {})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stop_ids = saved_stop_ids(folder)
+    mismatches: list[dict[str, Any]] = []
+    excepted: list[str] = []
+    for sample in samples:
+        difference = prompt_difference(tokenizer, sample, arguments)
+        if difference is None:
+            continue
+        if _spells_control_token(tokenizer, sample):
+            excepted.append(str(sample["source"]))
+        else:
+            mismatches.append({"source": sample["source"], **difference})
+    answers = _answers(folder, tokenizer, samples, stop_ids, max_new_tokens, model) if samples else []
+    stopped = sum(answer["stopped"] for answer in answers)
+    return {
+        "passed": bool(samples) and not mismatches and stopped == len(samples),
+        "checked": len(samples),
+        "ids_equal": len(samples) - len(mismatches) - len(excepted),
+        "stopped": stopped,
+        "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
+        "max_new_tokens": max_new_tokens,
+        "weights": "folder" if model is None else "live",
+        "template_args": arguments,
+        "mismatches": mismatches,
+        "excepted": excepted,
+        "answers": answers,
+    }
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """One or two sentences for the console and the model card."""
+    checked = result["checked"]
+    if not checked:
+        return "Not checked: no held-out prompts."
+    exact = f"{result['ids_equal']} of {checked} held-out prompts give the very token ids of training"
+    if result["template_args"]:
+        exact += " (with " + ", ".join(f"{k}={v!r}" for k, v in result["template_args"].items()) + ")"
+    if result["excepted"]:
+        exact += f"; {len(result['excepted'])} spell a control token in their text, which a plain tokenizer obeys"
+    if result["mismatches"]:
+        first = result["mismatches"][0]
+        exact += (
+            f"; {first['source']} differs from token {first['at']} on: training saw {first['trained']!r}, "
+            f"the saved folder gives {first['served']!r}"
+        )
+    ended = (
+        f"{result['stopped']} of {checked} greedy answers end by themselves within {result['max_new_tokens']} tokens"
+    )
+    if not result["stop_tokens"]:
+        ended += " (the saved generation config names no stop token)"
+    return f"{exact}. {ended}."
+
+
+def prompt_difference(
+    tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Where the served ids first part from training's: {at, trained, served}; None where they are equal."""
+    trained = list(sample["prompt_ids"])
+    served = served_ids(tokenizer, sample, template_args)
+    if served == trained:
+        return None
+    shared = zip(trained, served, strict=False)
+    at = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(trained), len(served)))
+    window = slice(max(0, at - 4), at + 12)
+    return {"at": at, "trained": tokenizer.decode(trained[window]), "served": tokenizer.decode(served[window])}
+
+
+def served_ids(tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping[str, Any]) -> list[int]:
+    """The prompt's ids as a stranger makes them: through the saved template, or from the plain string."""
+    messages = list(sample.get("messages") or ())
+    if not messages:
+        ids: list[int] = tokenizer(sample.get("prompt", ""))["input_ids"]
+        return ids
+    if messages[-1]["role"] == "assistant":  # the reference answer
+        messages = messages[:-1]
+    tools = list(sample.get("tools") or ()) or None
+    rendered = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **template_args
+    )
+    return list(rendered["input_ids"])
+
+
+def saved_stop_ids(folder: Path) -> list[int]:
+    """The tokens at which generation stops for whoever loads `folder`: its generation config's, nothing else."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return []
+    load: Any = GenerationConfig.from_pretrained
+    stops = load(folder).eos_token_id
+    if stops is None:
+        return []
+    return [int(stop) for stop in stops] if isinstance(stops, list | tuple) else [int(stops)]
+
+
+def load_as_stranger(folder: Path) -> Any:
+    """Plain transformers or PEFT, by the folder alone. An adapter brings its base by the name that it carries."""
+    if (folder / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(folder)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def _answers(
+    folder: Path,
+    tokenizer: Any,
+    samples: Sequence[Mapping[str, Any]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    model: Any,
+) -> list[dict[str, Any]]:
+    served = load_as_stranger(folder) if model is None else model
+    prompts = [list(sample["prompt_ids"]) for sample in samples]
+    with inference_mode_of(served):
+        completions = complete(served, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    return [
+        {"source": sample["source"], "completion": completion.text[:SHOWN], "stopped": completion.stopped}
+        for sample, completion in zip(samples, completions, strict=True)
+    ]
+
+
+def _spells_control_token(tokenizer: Any, sample: Mapping[str, Any]) -> bool:
+    tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    texts = [str(sample.get("prompt", ""))]
+    for message in sample.get("messages") or ():
+        content = message.get("content")
+        texts.append(content if isinstance(content, str) else str(content))
+    return any(token in text for token in tokens for text in texts)

