@@ -1,0 +1,63 @@
+"""Which messages are trained, and what each token of a rendered sequence then weighs.
+
+A policy is one function in `POLICIES`: messages -> the weight of each message, 0 for untrained. A message's own
+`train` flag overrides the policy and its `weight` scales it; both are applied here, after the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sft.types import Float32Array, Message, Rendered
+
+Weights = tuple[float, ...]
+Policy = Callable[[Sequence[Message]], Weights]
+
+
+def assistant(messages: Sequence[Message]) -> Weights:
+    """Every assistant turn."""
+    return tuple(float(m.role == "assistant") for m in messages)
+
+
+def last_assistant(messages: Sequence[Message]) -> Weights:
+    """The last assistant turn only; earlier answers are context."""
+    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    return tuple(float(i == last) for i in range(len(messages)))
+
+
+def completion(messages: Sequence[Message]) -> Weights:
+    """What answers the prompt: the assistant turns after the last user message."""
+    last_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
+    return tuple(float(m.role == "assistant" and i > last_user) for i, m in enumerate(messages))
+
+
+def everything(messages: Sequence[Message]) -> Weights:
+    """Every token of every message, headers included."""
+    return (1.0,) * len(messages)
+
+
+POLICIES: dict[str, Policy] = {
+    "auto": assistant,
+    "assistant": assistant,
+    "last_assistant": last_assistant,
+    "completion": completion,
+    "all": everything,
+}
+
+
+def message_weights(policy: str, messages: Sequence[Message]) -> Weights:
+    """The weight of each message: the policy's choice, overridden by `train`, scaled by `weight`."""
+    chosen = POLICIES[policy](messages)
+    return tuple(
+        (c if m.train is None else float(m.train)) * m.weight for c, m in zip(chosen, messages, strict=True)
+    )
+
+
+def token_weights(rendered: Rendered, weights: Sequence[float]) -> Float32Array:
+    """Weight of each token (T,): that of the message whose span it lies in, 0 outside every span."""
+    weights_T = np.zeros(len(rendered.input_ids), dtype=np.float32)
+    for span in rendered.spans:
+        weights_T[span.start : span.end] = weights[span.message]
+    return weights_T

@@ -1,0 +1,161 @@
+"""Chat templates as text: rendered in transformers' own sandbox, with a pinned clock and a bound on time and size.
+
+Nothing here knows tokens. `render` gives what `apply_chat_template(tokenize=False)` gives, which the tests compare.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sft.errors import TemplateError
+
+RENDER_SECONDS = 20.0  # one row's renders; a chat of a hundred thousand turns takes two
+MAX_CHARACTERS = 256 << 20
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Raise TemplateError in the block after `seconds`. Does nothing outside a main thread, where no signal arrives.
+
+    A timer of somebody else (pytest-timeout's) is put back with what is left of its time.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(signum: int, frame: object) -> None:
+        raise TemplateError(f"{what} ran longer than {seconds:g} s and was stopped. Look for a loop without end in it.")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    started = time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
+
+
+def pin_clock(template: str, now: datetime) -> str:
+    """The template with `strftime_now` answering `now` for ever.
+
+    A macro of that name shadows the function of the sandbox, so no library is patched and the text stays a template.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = ["%-d", "%-m", "%-H", "%-I", "%-M", *(f"%{c}" for c in "aAbBcdHIjmMpSUwWxXyYZzDFTehGuVfR")]
+    replaced = "format" + "".join(f"|replace({code!r}, {now.strftime(code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ " + replaced + " }}{% endmacro %}\n" + template
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, the one for conversations with tools where the model has two, and the variables both are given."""
+
+    text: str
+    with_tools: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(
+        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool
+    ) -> list[str]:
+        """The text of each list of messages. Raises TemplateError with what the template itself objects to."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.with_tools if tools else self.text
+        try:
+            texts, _ = render_jinja_template(
+                conversations=conversations,
+                tools=list(tools) or None,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                **self.variables,
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # a template may raise anything: it is a program
+            raise TemplateError(describe(error)) from error
+        for text in texts:
+            if len(text) > MAX_CHARACTERS:
+                raise TemplateError(f"the template renders {len(text)} characters, more than {MAX_CHARACTERS} allowed")
+        return list(texts)
+
+
+def describe(error: Exception) -> str:
+    """One line about an exception that a template raised."""
+    line = getattr(error, "lineno", None)
+    where = f" (line {line} of the template)" if line else ""
+    name = type(error).__name__
+    text = str(error).strip() or "no message"
+    return f"{text}{where}" if name == "TemplateError" else f"{name}: {text}{where}"
+
+
+def parse(template: str) -> Any:
+    """The syntax tree, as the sandbox reads it. Raises TemplateError with the line of a mistake."""
+    import jinja2
+    import jinja2.ext
+    from jinja2 import nodes
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    environment = jinja2.Environment(  # never renders, only parses
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    try:
+        return environment.parse(template)
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        raise TemplateError(f"the chat template is not valid Jinja: {describe(error)}") from error
+
+
+def literals(template: str) -> str:
+    """All text and string constants of a template, each on its own behind a zero character."""
+    from jinja2 import nodes
+
+    tree = parse(template)
+    found = [node.data for node in tree.find_all(nodes.TemplateData)]
+    found += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(found)
+
+
+def read_markup(template: str) -> str:
+    """The string constants by which a template looks into a message (`'</think>' in content`, `.split('</think>')`)."""
+    from jinja2 import nodes
+
+    found: list[str] = []
+    for node in parse(template).find_all((nodes.Compare, nodes.Call, nodes.Filter)):
+        if isinstance(node, nodes.Compare):
+            looks = any(operand.op in ("in", "notin") for operand in node.ops)
+            parts = [node.expr] if looks else []
+        elif isinstance(node, nodes.Call):
+            parts = list(node.args) if isinstance(node.node, nodes.Getattr) else []
+        else:
+            parts = list(node.args) if node.name in ("replace", "split") else []
+        found += [c.value for part in parts for c in own_constants(part) if isinstance(c.value, str)]
+    return "\0".join(found)
+
+
+def own_constants(node: Any) -> list[Any]:
+    from jinja2 import nodes
+
+    return [node] if isinstance(node, nodes.Const) else list(node.find_all(nodes.Const))
+
+
+def has_generation_markers(template: str) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None

@@ -1,0 +1,259 @@
+"""The tokenizer with the template in use, and the tokens at which serving stops.
+
+What is decided here, in one place:
+- `tokenizer.chat_template` is the template in use, so that it is saved with the model. A template that reads the clock
+  is rendered with the date pinned (`bundle.chat`), and saved as it was.
+- Stop tokens are found by rendering a small conversation and looking at what follows the answer.
+- `eos_token` stays what the model's own tokenizer says, except where a foreign template (built in, or a file) ends its
+  turns otherwise and does not read `eos_token` itself; `end_of_text` keeps the original one for rows without template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sft.errors import ModelError, TemplateError, did_you_mean
+from sft.templating import ChatTemplate, deadline, parse, pin_clock
+
+BUILT_IN = ("chatml", "zephyr", "tulu")
+NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
+CONTROL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]+\|>|<(?:start|end)_of_turn>")
+PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
+
+
+@dataclass(frozen=True)
+class TokenizerBundle:
+    """A tokenizer ready for a run. `stop_ids[0]` ends a trained turn, the others are where serving stops as well."""
+
+    tokenizer: Any
+    template: str | None
+    template_name: str
+    added_tokens: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+    digest: str
+    chat: ChatTemplate | None = None
+    """What renders, with the clock pinned; None where there is no template."""
+    closes: bool = True
+    """Whether the template itself writes `stop_ids[0]` after an answer."""
+    tail: str = ""
+    """What the template writes between an answer and its stop token."""
+    end_of_text: int | None = None
+    """Ends rows that use no template."""
+
+
+def load_tokenizer(
+    folder_or_id: str,
+    *,
+    revision: str | None = None,
+    template: str = "model",
+    template_args: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    pinned_date: str | None = None,
+) -> TokenizerBundle:
+    """Load a tokenizer, put the template in place, add the tokens it needs, and find where turns end.
+
+    `template` is model, a name of `BUILT_IN`, or a path to a .jinja file. `pinned_date` is an ISO date or time.
+    Raises ModelError where there is no tokenizer, TemplateError where there is no template or it doesn't work.
+    """
+    tokenizer = read_tokenizer(folder_or_id, revision, trust_remote_code)
+    end_of_text = tokenizer.eos_token_id
+    needed: tuple[str, ...] = ()
+    if template == "model":
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                f"{folder_or_id} has no chat template: it is a base model, or its template was not saved with it. "
+                "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
+            )
+    else:
+        tokenizer.chat_template, needed = template_text(template)
+    added = add_tokens(tokenizer, needed)
+    notes: list[str] = []
+    chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
+    with deadline(10.0, "the chat template"):
+        if template.endswith(".jinja"):
+            missing = dict.fromkeys(CONTROL_SHAPE.findall(probe(chat)[0]))
+            added += add_tokens(tokenizer, tuple(missing))
+        if added:
+            notes.append(f"added to the tokenizer, since the template needs them: {' '.join(added)}")
+        stop, closes, tail = find_stop(tokenizer, chat, serving_stops(folder_or_id, revision, tokenizer), notes)
+    others = serving_stops(folder_or_id, revision, tokenizer)
+    if template != "model" and closes and "eos_token" not in chat.text and tokenizer.eos_token_id != stop:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+        notes.append(f"the tokenizer's eos_token is now {tokenizer.eos_token}, the template's end of turn")
+        chat = chat_template(tokenizer, template_args or {}, pinned_date, [])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stop)
+    return TokenizerBundle(
+        tokenizer=tokenizer,
+        template=chat.text if isinstance(tokenizer.chat_template, dict) else tokenizer.chat_template,
+        template_name=template,
+        added_tokens=added,
+        stop_ids=tuple(dict.fromkeys((stop, *others))),
+        notes=tuple(notes),
+        digest=digest(tokenizer, chat),
+        chat=chat,
+        closes=closes,
+        tail=tail,
+        end_of_text=end_of_text if end_of_text is not None else stop,
+    )
+
+
+def read_tokenizer(folder_or_id: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.name: no tokenizer could be loaded from {folder_or_id!r}: {first} "
+            "Check the name, or point it at a folder that holds tokenizer.json."
+        ) from error
+
+
+def template_text(template: str) -> tuple[str, tuple[str, ...]]:
+    """The text of a built-in template or of a .jinja file, and the special tokens that it needs."""
+    if template in BUILT_IN:
+        text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+        return text, NEEDED_BY_BUILT_IN[template]
+    if not template.endswith(".jinja"):
+        raise TemplateError(
+            f"data.template: {template!r} is neither model, nor built in ({', '.join(BUILT_IN)}), nor a .jinja file."
+            + did_you_mean(template, ("model", *BUILT_IN))
+        )
+    try:
+        text = Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"data.template: cannot read {template}: {error}") from error
+    parse(text)
+    return text, ()
+
+
+def add_tokens(tokenizer: Any, needed: tuple[str, ...]) -> tuple[str, ...]:
+    """Add as special tokens those that the tokenizer does not know as one token each."""
+    known = tokenizer.get_vocab()
+    missing = tuple(token for token in needed if token not in known)
+    present = [t for t in needed if t in known and t not in tokenizer.added_tokens_encoder]
+    if missing or present:
+        tokenizer.add_special_tokens({"extra_special_tokens": [*present, *missing]}, replace_extra_special_tokens=False)
+    return missing
+
+
+def chat_template(
+    tokenizer: Any, template_args: Mapping[str, Any], pinned_date: str | None, notes: list[str]
+) -> ChatTemplate:
+    """What renders conversations: template texts with the clock pinned, special tokens and the user's arguments."""
+    now = datetime.fromisoformat(pinned_date) if pinned_date else datetime.now()
+    texts = []
+    for tools in (None, [{}]):
+        text = tokenizer.get_chat_template(tools=tools)
+        parse(text)
+        texts.append(pin_clock(text, now))
+    if texts[0] != tokenizer.get_chat_template():
+        notes.append(f"the template reads the clock: its date is pinned to {now.date().isoformat()} for this run")
+    variables = {**tokenizer.special_tokens_map, **template_args}
+    return ChatTemplate(texts[0], texts[1], variables)
+
+
+def probe(chat: ChatTemplate) -> tuple[str, str]:
+    """A question with its answer, alone and followed by the next question, as the template renders them."""
+    user, answer = {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}
+    follow = {"role": "user", "content": PROBE_NEXT}
+    error: TemplateError | None = None
+    for opening in ([], [{"role": "system", "content": "flute setting"}]):
+        try:
+            texts = chat.render(
+                [[*opening, user, answer], [*opening, user, answer, follow]], generation_prompt=False
+            )
+            if all(PROBE_ANSWER in text for text in texts):
+                return texts[0], texts[1]
+            error = TemplateError("it leaves the answer out")
+        except TemplateError as caught:
+            error = caught
+    raise TemplateError(
+        f"data.template: the chat template cannot render a question and its answer: {error} "
+        "Choose another one (chatml, zephyr, tulu, or a .jinja file)."
+    )
+
+
+def serving_stops(folder_or_id: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """Where generation stops by the model's settings: generation_config's eos ids, else config's, and eos_token.
+
+    The one that `eos_token` names comes first where the settings hold several.
+    """
+    named: list[int] = []
+    for filename in ("generation_config.json", "config.json"):
+        settings = read_settings(folder_or_id, revision, filename)
+        found = settings.get("eos_token_id") if settings else None
+        if found is not None:
+            named = [int(i) for i in (found if isinstance(found, list) else [found])]
+            break
+    eos = tokenizer.eos_token_id
+    if eos is not None:
+        named = [eos, *named] if eos in named else [*named, eos]
+    return tuple(dict.fromkeys(i for i in named if i < len(tokenizer)))
+
+
+def read_settings(folder_or_id: str, revision: str | None, filename: str) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        folder_or_id,
+        filename,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else None
+
+
+def find_stop(
+    tokenizer: Any, chat: ChatTemplate, serving: tuple[int, ...], notes: list[str]
+) -> tuple[int, bool, str]:
+    """(token that ends a trained turn, whether the template writes it, text between answer and it).
+
+    An answer's own closing is what follows it both at the end of a conversation and within one; `<|end|>` in Phi-3's
+    `<|end|>\\n<|endoftext|>`. Of several tokens there, one at which serving stops wins, else the last.
+    """
+    alone, followed = (text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :] for text in probe(chat))
+    common = alone[: next((i for i, (a, b) in enumerate(zip(alone, followed, strict=False)) if a != b), len(alone))]
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
+    for text, choose_last in ((common, True), (alone, False)):
+        tokens = [(m.start(), added[m.group()]) for m in pattern.finditer(text)]
+        special = [t for t in tokens if tokenizer.added_tokens_decoder[t[1]].special]
+        chosen = [t for t in tokens if t[1] in serving] or (special[-1:] if choose_last else special[:1])
+        if chosen:
+            start, stop = chosen[0]
+            if stop not in serving:
+                notes.append(f"{tokenizer.convert_ids_to_tokens(stop)} ends a turn of the template, but the model's "
+                             "generation settings do not stop at it yet; the trained model's will")  # fmt: skip
+            return stop, True, text[:start]
+    if not serving:
+        raise TemplateError(
+            "the chat template does not close an answer with a token, and the model's generation settings name no "
+            "eos_token_id: nothing could be trained to stop. Set data.template: chatml, or set eos_token."
+        )
+    notes.append(f"the template does not close an answer with a token of its own: {tokenizer.convert_ids_to_tokens(serving[0])}, "
+                 "the end-of-turn token of the model's generation settings, is trained after each answer")  # fmt: skip
+    return serving[0], False, alone if not alone.strip() else ""
+
+
+def digest(tokenizer: Any, chat: ChatTemplate) -> str:
+    """Changes whenever rendering or tokenising could."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [vocabulary, chat.text, chat.with_tools, json.dumps(dict(chat.variables), sort_keys=True, default=str)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
