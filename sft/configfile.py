@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sft.config import Config, Section
-from sft.configkeys import cure, explain_unknown, section_under, walk_keys, wanted
+from sft.configkeys import cure, example, explain_unknown, section_under, walk_keys, wanted
 from sft.errors import ConfigError
 from sft.secrets import mask_secrets
 from sft.yamltree import KeyPath, dotted, flow, parse_yaml, read_yaml
@@ -99,7 +99,8 @@ def _apply(raw: dict[str, Any], where: dict[KeyPath, str], override: str) -> Non
         raise ConfigError(
             f"'{override}': overrides are written key=value, e.g. optim.lr=1e-4 or data.train.0.limit=100."
         )
-    value = parse_yaml(text, f"{COMMAND_LINE}, {name}").value
+    globbed = text.startswith(("*", "&", "@", "%"))  # no YAML value starts so; a path or a name may
+    value = text if globbed else parse_yaml(text, f"{COMMAND_LINE}, {name}").value
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
     parent: Any = raw
     for depth, key in enumerate(path[:-1]):
@@ -184,7 +185,7 @@ def _explained(
         at = _where(path, where)
         if finding["type"] == "missing":
             path = (*path, finding["loc"][-1])
-            yield path, f"{at if at != COMMAND_LINE else file}: '{dotted(path)}' is missing.{cure(path)}"
+            yield path, f"{at if at != COMMAND_LINE else file}: '{dotted(path)}' is missing.{example(path)}"
         elif finding["type"] == "value_error" and not path:
             yield (), f"{file}: {finding['ctx']['error']}."
         elif finding["type"] != "extra_forbidden":

@@ -140,10 +140,13 @@ def _joined(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def cure(path: KeyPath, value: Any = None) -> str:
-    """A hint for the commonest slips: an example of what is missing, quotes around a number that is a name."""
-    if example := _EXAMPLES.get(dotted(path)):
-        return example
+def example(path: KeyPath) -> str:
+    """What a key that has no default may look like."""
+    return _EXAMPLES.get(dotted(path), "")
+
+
+def cure(path: KeyPath, value: Any) -> str:
+    """A hint for the commonest slips, such as yes for true, or no quotes around a number that is a name."""
     words = wanted(path)
     if isinstance(value, str):
         if value.lower() in ("yes", "no", "on", "off") and "true or false" in words:

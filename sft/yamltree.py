@@ -147,6 +147,8 @@ def _syntax_cure(problem: str) -> str:
         return " Indent with spaces, not tabs."
     if "mapping values are not allowed" in problem:
         return " A text with ': ' in it needs quotes; or a line above is indented otherwise."
+    if "undefined alias" in problem:
+        return " A text that starts with * needs quotes: '*.jsonl'."
     if "another document" in problem:
         return " One file holds one document: remove the '---' between."
     return ""
