@@ -1,13 +1,13 @@
 """Errors that a user can act on.
 
-    SftError (ValueError)         exit code 2: one message, no traceback
-    ├── ConfigError               a key or value in the YAML file or on the command line
-    ├── DataError                 a row, a file, a mapping of columns
-    ├── TemplateError             a chat template, or what it renders
-    ├── ModelError                a model, adapter or tokenizer that does not fit
-    ├── DeviceError               memory, disk, devices, launch
-    └── ResumeError               a run folder that cannot be continued as asked
-    Stopped (Exception)           exit code 75: stopped on a signal, resumable
+SftError (ValueError)         exit code 2: one message, no traceback
+├── ConfigError               a key or value in the YAML file or on the command line
+├── DataError                 a row, a file, a mapping of columns
+├── TemplateError             a chat template, or what it renders
+├── ModelError                a model, adapter or tokenizer that does not fit
+├── DeviceError               memory, disk, devices, launch
+└── ResumeError               a run folder that cannot be continued as asked
+Stopped (Exception)           exit code 75: stopped on a signal, resumable
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again, the run resumes
 
 class SftError(ValueError):
     """Something the user can fix. The message says what, where, the value and the cure."""
+
+    said = False  # true where another rank prints the same error, which is enough
 
 
 class ConfigError(SftError):

@@ -81,7 +81,9 @@ def _examples(trainee: Trainee) -> list[Example]:
     rng = np.random.default_rng(0)
     return [
         Example(
-            rng.integers(0, vocabulary, size=n, dtype=np.int32), np.ones(n, dtype=np.float32) * (1 + i / 2), f"probe:{i}"
+            rng.integers(0, vocabulary, size=n, dtype=np.int32),
+            np.ones(n, dtype=np.float32) * (1 + i / 2),
+            f"probe:{i}",
         )
         for i, n in enumerate(LENGTHS)
     ]
@@ -143,7 +145,9 @@ def _short_windows(causal: Any) -> Iterator[None]:
 def _evaluation(trainee: Trainee) -> Iterator[None]:
     """Dropout off, without `eval()`: that repacks 4-bit weights on some CPUs and loses their gradients."""
     before = {module: module.p for module in trainee.modules() if isinstance(module, nn.Dropout)}
-    rates = {m: m.attention_dropout for m in trainee.modules() if isinstance(getattr(m, "attention_dropout", None), float)}
+    rates = {
+        m: m.attention_dropout for m in trainee.modules() if isinstance(getattr(m, "attention_dropout", None), float)
+    }
     attention, alpha = trainee.causal.config._attn_implementation, trainee.neftune_alpha
     trainee.neftune_alpha = None
     try:
@@ -172,4 +176,3 @@ def _no_trained_gradients(trainee: Trainee) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-

@@ -25,7 +25,7 @@ def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
             import bitsandbytes.optim as bnb
         except ImportError as error:
             raise ModelError(
-                "optim.type: the 8-bit optimizers need bitsandbytes. Install it (pip install 'sft[qlora]') or use adamw."
+                "optim.type: 8-bit optimizers need bitsandbytes. Install it (pip install 'sft[qlora]') or use adamw."
             ) from error
         optimizer: torch.optim.Optimizer = getattr(bnb, name)(groups, **options)
         return optimizer
@@ -70,9 +70,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def state_by_name(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
+def state_by_name(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """`{"<parameter>::<entry>": tensor}`, whole, on the host. Plain numbers become float64 scalars."""
     state: dict[str, torch.Tensor] = {}
     for parameter, name in names.items():

@@ -46,11 +46,7 @@ class RunState:
 def fingerprint(config: Config, *, data_digest: str, tokenizer_digest: str, total_steps: int) -> dict[str, Any]:
     """Everything that decides the trajectory, by dotted key. Length counts only where the schedule decays."""
     flat = dict(_flatten(config.model_dump(mode="json")))
-    kept = {
-        key: value
-        for key, value in flat.items()
-        if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))
-    }
+    kept = {key: value for key, value in flat.items() if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))}
     if config.optim.schedule != "constant":
         kept["train.steps"] = total_steps
     return {**kept, "data.content": data_digest, "tokenizer": tokenizer_digest}

@@ -99,7 +99,9 @@ class Trainee(nn.Module):
         if self.neftune_alpha is not None and self.training and self._noise_lengths is not None:
             output = output + neftune_noise(output, self._noise_lengths, self.neftune_alpha)
         # The stream of activations follows the computation, also where weights are kept in float32.
-        return output.to(self.compute_dtype) if self.autocast and torch.is_autocast_enabled(output.device.type) else output
+        return (
+            output.to(self.compute_dtype) if self.autocast and torch.is_autocast_enabled(output.device.type) else output
+        )
 
     @contextmanager
     def noise_for(self, lengths: tuple[int, ...]) -> Iterator[None]:

@@ -71,7 +71,7 @@ def deal_padded(
 
     A micro-batch takes at most `micro_tokens` positions, padding included, and at most `max_padding` of it is padding.
     """
-    by_rank = [sum(bins, []) for bins in deal(lengths_E, ranks, micro_tokens=2**62)]
+    by_rank = [[i for bin_ in bins for i in bin_] for bins in deal(lengths_E, ranks, micro_tokens=2**62)]
     grouped = []
     for members in by_rank:
         bins: list[list[int]] = []

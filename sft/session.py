@@ -1,0 +1,472 @@
+"""A run in progress: its job, its folder, what is cumulative; opening, evaluating, saving, finishing.
+
+The loop itself is in `sft.train`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sft import setup
+from sft.batches import Join
+from sft.checkpoint import CheckpointStore, find_resumable, read_tensors, write_tensors
+from sft.config import Config
+from sft.data.collate import to_device
+from sft.distributed import from_first_rank, gather, sum_over_ranks
+from sft.durable import check_writable, read_json, write_json, write_text
+from sft.errors import DeviceError, ResumeError, SftError
+from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
+from sft.generate import answer_samples
+from sft.optim import load_state_by_name, state_by_name, whole
+from sft.resume import RunState, check_continuation, fingerprint
+from sft.runfolder import MetricsLog, RunFolder
+from sft.runlock import RunLock
+from sft.schedule import Plan, plan
+from sft.space import check_space
+from sft.trainee import loss_sum
+
+if TYPE_CHECKING:
+    from sft.configfile import LoadedConfig
+    from sft.data.loader import Prepared
+    from sft.data.store import Split
+    from sft.setup import Job
+    from sft.tokenizer import TokenizerBundle
+
+
+@dataclass
+class Session:
+    config: Config
+    folder: RunFolder
+    job: Job
+    bundle: TokenizerBundle
+    data: Prepared
+    state: RunState  # replaced after every step
+    metrics: MetricsLog
+    store: CheckpointStore
+    say: Callable[[str], None]
+
+    # Scores and samples ------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> dict[str, float | int | None]:
+        """Scores the held-out split, each row once across ranks, and answers its first prompts."""
+        job, split = self.job, self.data.eval
+        assert split is not None
+        total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
+        join = Join(job.flat_rows, job.pad_id)
+        with inference_mode_of(job.trainee):
+            lengths = [int(n) for n in split.lengths_E]
+            for members in eval_plan(lengths, rank=job.rank, ranks=job.world, micro_tokens=job.micro_tokens):
+                batch = to_device(join([split.example(e) for e in members]), job.device)
+
+                def score(features: torch.Tensor, head: Any, batch: Any = batch) -> torch.Tensor:
+                    return score_hidden(features, head, batch.targets_M, batch.weights_M, self.bundle.stop_ids)
+
+                total_6 += loss_sum(job.trainee, job.trainee, batch, score)
+            samples = self._samples(split.samples[: self.config.eval.samples])
+        scores = metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
+        if job.is_first:
+            self.metrics.append({"event": "eval", "step": step, **scores})
+            if samples:
+                self.metrics.append({"event": "samples", "step": step, "samples": samples})
+            self.say(
+                f"step {step}: held-out loss {_short(scores['loss'])}, token accuracy "
+                f"{_short(scores['token_accuracy'])}, stop probability {_short(scores['stop_probability'])}"
+            )
+        return scores
+
+    def _samples(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Greedy answers; a sharded model needs all ranks for them, else rank 0 alone writes them."""
+        job = self.job
+        if not samples or not (job.is_first or job.is_sharded):
+            return []
+        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast):
+            return answer_samples(
+                job.trainee.model,
+                self.bundle.tokenizer,
+                samples,
+                stop_ids=self.bundle.stop_ids,
+                max_new_tokens=self.config.eval.max_new_tokens,
+            )
+
+    def scores(self, metric: str) -> dict[int, float]:
+        """{step: value} of an evaluation metric so far, on every rank. Progress is read, never remembered."""
+        name = metric.removeprefix("eval.")
+        if not self.job.is_first:
+            return _as_scores(from_first_rank(None))
+        found = {e["step"]: e.get(name) for e in self.metrics.read() if e["event"] == "eval"}
+        return _as_scores(from_first_rank([[s, v] for s, v in found.items() if v is not None]))
+
+    def best_step(self) -> int | None:
+        """The step with the best `save.best` so far; step 0, which has no checkpoint, does not count."""
+        if self.config.save.best is None:
+            return None
+        sign = direction(self.config.save.best)
+        trained = {step: value for step, value in self.scores(self.config.save.best).items() if step > 0}
+        return min(trained, key=lambda step: (sign * trained[step], step)) if trained else None
+
+    def should_stop_early(self) -> bool:
+        early = self.config.train.early_stopping
+        if early is None:
+            return False
+        sign = direction(early.metric)
+        best, since = math.inf, 0
+        for _, value in sorted(self.scores(early.metric).items()):
+            if sign * value < best - early.min_delta:
+                best, since = sign * value, 0
+            else:
+                since += 1
+        return since >= early.patience
+
+    # Saving --------------------------------------------------------------------------------------------------------
+
+    def save(self, *, then: Callable[[], None] | None = None) -> None:
+        """Publishes a checkpoint of `state.step`. Ranks wait for the copy to the host, not for the disk."""
+        job = self.job
+        weights = self.trained_weights()
+        optimizer = state_by_name(job.optimizer, job.names)
+        if not job.is_first:
+            return
+        state = replace(self.state, resolved=job.resolved)
+        self.metrics.flush_to_disk()
+
+        def write(folder: Path) -> None:
+            self.write_model(folder / "model", weights)
+            write_tensors(folder / "optimizer.safetensors", optimizer)
+            write_json(folder / "state.json", state.as_dict())
+
+        self.store.save(state.step, write, then=then)
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps, whole, on the host: all weights, or the adapter's. A collective if sharded."""
+        trainee = self.job.trainee
+        if self.config.model.tuning == "full":
+            return {name: whole(tensor) for name, tensor in trainee.causal.state_dict().items()}
+        trained = {id(p) for p in trainee.parameters() if p.requires_grad}
+        state = trainee.model.state_dict(keep_vars=True)
+        return {name: whole(tensor) for name, tensor in state.items() if id(tensor) in trained}
+
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+        """A folder that `from_pretrained` or PEFT loads: weights, tokenizer with its template, generation settings."""
+        trainee, bundle = self.job.trainee, self.bundle
+        folder.mkdir(parents=True, exist_ok=True)
+        if dtype is not None:
+            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+        if self.config.model.tuning == "full":
+            trainee.causal.save_pretrained(folder, state_dict=weights)
+            _set_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
+        else:
+            trainee.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+            if self.job.resolved.get("grown_to"):
+                write_json(folder / "vocabulary.json", {"rows": self.job.resolved["grown_to"]})
+        bundle.tokenizer.save_pretrained(folder)
+        self.generation_config().save_pretrained(folder)
+
+    def generation_config(self) -> Any:
+        """The base model's, stopping where the template's turns end."""
+        from copy import deepcopy
+
+        from transformers import GenerationConfig
+
+        settings = deepcopy(self.job.trainee.causal.generation_config) or GenerationConfig()  # type: ignore[no-untyped-call]
+        settings.eos_token_id = list(self.bundle.stop_ids)
+        if settings.pad_token_id is None:
+            settings.pad_token_id = self.job.pad_id
+        if settings.temperature is not None or settings.top_p is not None:
+            settings.do_sample = settings.do_sample or None
+        return settings
+
+
+def direction(metric: str) -> int:
+    """1 where lower is better (losses), -1 where higher is."""
+    return 1 if metric.rpartition(".")[2] in ("loss", "perplexity") else -1
+
+
+# Opening ---------------------------------------------------------------------------------------------------------
+
+
+def pinned_date(folder: RunFolder, fresh: bool) -> str:
+    """The date that templates are told: the day this run began, so that a resumed run renders the same."""
+    if not fresh and folder.environment.exists():
+        recorded = read_json(folder.environment).get("date")
+        if recorded:
+            return str(recorded)
+    return date.today().isoformat()
+
+
+def on_first_rank(is_first: bool, action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0 and gives its plain result to all; its user error is raised on all, said once."""
+    answer: dict[str, Any] = {}
+    failure: SftError | None = None
+    if is_first:
+        try:
+            answer = {"result": action()}
+        except SftError as error:
+            failure, answer = error, {"error": str(error), "kind": type(error).__name__}
+    answer = from_first_rank(answer)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        quiet = ResumeError(answer["error"]) if answer["kind"] == "ResumeError" else SftError(answer["error"])
+        quiet.said = True
+        raise quiet
+    return answer["result"]
+
+
+def check_ranks_agree(rank: int, facts: dict[str, Any]) -> None:
+    """Config, data and versions must be the same everywhere: told apart by rank, or nothing."""
+    everyone = gather(facts)
+    for other, theirs in enumerate(everyone):
+        different = sorted(key for key in facts if theirs.get(key) != everyone[0].get(key))
+        if different:
+            shown = "; ".join(f"{key}: {everyone[0][key]!r} on rank 0, {theirs[key]!r} here" for key in different)
+            error = DeviceError(f"rank {other} does not agree with rank 0: {shown}. Give all ranks the same files.")
+            error.said = rank != other
+            raise error
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What was decided about the run folder before a model is loaded."""
+
+    checkpoint: Path | None
+    state: RunState
+    is_done: bool
+
+
+def open_run(
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    lock: RunLock,
+    *,
+    print_of_run: dict[str, Any],
+    total_steps: int,
+    fresh: bool,
+    allow_change: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """On rank 0: the lock, the old run moved aside, the checkpoint to continue from, or what forbids it."""
+    if fresh and folder.path.exists():
+        with lock:
+            pass  # a live owner is named before anything moves
+        moved = folder.move_aside()
+        say(f"--fresh: the old run lies in {moved}")
+    check_writable(folder.path)
+    lock.acquire()
+    checkpoint = find_resumable(folder.checkpoints, say)
+    if checkpoint is None:
+        _refuse_strangers_files(folder)
+        return {"checkpoint": None, "state": RunState(0, fingerprint=print_of_run).as_dict(), "is_done": False}
+    state = RunState.from_dict(read_json(checkpoint / "state.json"))
+    consents = check_continuation(state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path))
+    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
+    ended = folder.read_status().get("state") == "done" and folder.final.is_dir()
+    stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
+    return {
+        "checkpoint": str(checkpoint),
+        "state": state.as_dict(),
+        "is_done": ended and (state.step >= total_steps or stopped_early),
+    }
+
+
+def _refuse_strangers_files(folder: RunFolder) -> None:
+    """A folder full of other things is not a run folder: nothing is written between a user's files."""
+    ours = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "data.json", "data_report.jsonl",
+            "checkpoints", "final", "report.html", "trackers", "serving.json"}  # fmt: skip
+    strangers = [p.name for p in folder.path.iterdir() if p.name not in ours and not p.name.startswith(".")]
+    if strangers and not folder.status.exists():
+        raise ResumeError(
+            f"run.dir: {folder.path} is no run folder: it holds {', '.join(sorted(strangers)[:5])}. "
+            "Choose an empty or new folder."
+        )
+
+
+def make_plan(config: Config, data: Prepared) -> Plan:
+    from sft.data.order import conversations_per_epoch
+
+    return plan(
+        conversations_per_epoch(data.train.repeats_C),
+        config.batch.examples,
+        config.train.epochs,
+        config.train.max_steps,
+    )
+
+
+def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
+    return fingerprint(
+        config, data_digest=data_digest(data.train), tokenizer_digest=bundle.digest, total_steps=total_steps
+    )
+
+
+def data_digest(split: Split) -> str:
+    """Of every token and weight that is trained on, in the order of the data."""
+    hasher = hashlib.sha256(split.repeats_C.tobytes())
+    for index in range(split.num_examples):
+        example = split.example(index)
+        hasher.update(np.ascontiguousarray(example.input_ids_T))
+        hasher.update(np.ascontiguousarray(example.weights_T))
+    return hasher.hexdigest()[:16]
+
+
+def open_session(
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    bundle: TokenizerBundle,
+    data: Prepared,
+    opening: Opening,
+    accelerator: Any,
+    the_plan: Plan,
+    *,
+    date_pinned: str,
+    say: Callable[[str], None],
+) -> Session:
+    """Loads the model, proves it, prepares it for its processes, restores the optimizer, records what was decided."""
+    config, state = loaded.config, opening.state
+    device = accelerator.device
+    recorded = state.resolved
+    trainee, facts = setup.build_trainee(
+        config, bundle, device=device, checkpoint=opening.checkpoint, grown_to=recorded.get("grown_to"), say=say
+    )
+    proof = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded} if recorded else {}
+    if not proof or config.model.attention not in ("auto", "flat"):
+        proof = setup.prove(trainee, config, device, say)
+    elif not proof["flat_rows"]:
+        trainee.causal.set_attn_implementation("sdpa")
+    trainee.head_path = proof["head_path"]
+    lengths = data.train.lengths_E
+    tokens_per_step = int(lengths.mean() * config.batch.examples / accelerator.num_processes) + 1
+    checkpointing = recorded.get("gradient_checkpointing")
+    if checkpointing is None or config.model.gradient_checkpointing != "auto":
+        checkpointing = setup.wants_checkpointing(
+            config, facts["parameters"], min(tokens_per_step, max(2048, int(lengths.max()))), device
+        )
+    if checkpointing:
+        trainee.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainee.train()
+    if config.model.compile:
+        for layer in getattr(trainee.backbone, "layers", []):
+            layer.compile(dynamic=True)
+    peak = setup.peak_learning_rate(config)
+    optimizer = setup.build_optimizer(config, trainee, peak)
+    module, optimizer = accelerator.prepare(trainee, optimizer)
+    job = setup.Job(
+        accelerator=accelerator,
+        trainee=trainee,
+        module=module,
+        optimizer=optimizer.optimizer,
+        names={parameter: name for name, parameter in trainee.named_parameters() if parameter.requires_grad},
+        plan=the_plan,
+        peak_lr=peak,
+        flat_rows=proof["flat_rows"],
+        micro_tokens=0,
+        pad_id=bundle.tokenizer.pad_token_id or 0,
+    )
+    setup.warm_up(job)
+    micro = recorded.get("micro_tokens") if config.batch.micro_tokens == "auto" else None
+    job.micro_tokens = micro or setup.choose_micro_tokens(job, config, int(lengths.max()), tokens_per_step)
+    job.micro_tokens = min(gather(job.micro_tokens))
+    job.resolved = {
+        **{key: recorded.get(key, value) if opening.checkpoint else value for key, value in facts.items()},
+        **proof,
+        "gradient_checkpointing": checkpointing,
+        "micro_tokens": job.micro_tokens,
+        "lr": peak,
+        "stop_ids": list(bundle.stop_ids),
+    }
+    if opening.checkpoint is not None:
+        load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
+    state = replace(state, total_steps=the_plan.total_steps)
+    session = Session(
+        config, folder, job, bundle, data, state, MetricsLog(folder.metrics),
+        CheckpointStore(folder.checkpoints, config.save.keep), say,
+    )  # fmt: skip
+    _check_disk(session)
+    if job.is_first:
+        session.metrics.cut_after(state.step if opening.checkpoint else -1)
+        _record(loaded, session, date_pinned)
+    return session
+
+
+def _check_disk(session: Session) -> None:
+    """keep + 1 checkpoints and final/ must fit, before the first step rather than at the first save."""
+    trainee, tuning = session.job.trainee, session.config.model.tuning
+    kept = [p for p in trainee.parameters() if p.requires_grad or tuning == "full"]
+    weights = sum(p.numel() * p.element_size() for p in kept)
+    on_first_rank(
+        session.job.is_first,
+        lambda: check_space(session.folder.path, 3 * weights, session.config.save.keep, final_bytes=weights),
+    )
+
+
+def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
+    from sft.configfile import dump_config
+
+    folder, job = session.folder, session.job
+    resolved = {
+        "optim.lr": job.peak_lr,
+        "batch.micro_tokens": job.micro_tokens,
+        "model.precision": job.resolved["precision"],
+        "model.gradient_checkpointing": job.resolved["gradient_checkpointing"],
+        "model.attention": "flat" if job.flat_rows else "padded",
+    }
+    write_text(folder.config, dump_config(loaded, resolved))
+    environment = {
+        "date": date_pinned,
+        "versions": setup.versions(),
+        "device": _device_name(job.device),
+        "processes": job.world,
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "resolved": job.resolved,
+    }
+    write_json(folder.environment, environment)
+    write_json(folder.data, session.data.report)
+    ledger = session.data.path / "data_report.jsonl"
+    write_text(folder.data_report, ledger.read_text(encoding="utf-8") if ledger.exists() else "")
+    if session.state.step > 0:
+        session.metrics.append(
+            {"event": "resume", "step": session.state.step, "seconds": session.state.seconds, "processes": job.world}
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _git_commit() -> str | None:
+    import subprocess
+
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here: the record says null
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """config.json must name the dtype of the saved weights, which need not be that of the live ones."""
+    values = json.loads(config_file.read_text())
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _as_scores(pairs: Any) -> dict[int, float]:
+    return {int(step): float(value) for step, value in pairs or []}
+
+
+def _short(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,389 @@
+"""The loop. `train(loaded)` is what `sft train` runs on every rank; `train_step` is one optimizer step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft import setup
+from sft.batches import Join, StepData, StepFeed
+from sft.console import Console
+from sft.data.collate import to_device
+from sft.distributed import sum_over_ranks, wait_for_all
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
+from sft.finish import finish
+from sft.optim import set_learning_rate
+from sft.resume import RunState, digest_of
+from sft.runfolder import RunFolder
+from sft.runlock import RunLock
+from sft.schedule import is_due, learning_rate
+from sft.session import (
+    Opening,
+    Session,
+    check_ranks_agree,
+    make_plan,
+    on_first_rank,
+    open_run,
+    open_session,
+    pinned_date,
+    run_fingerprint,
+)
+from sft.signals import StopRequest
+from sft.trainee import loss_sum
+from sft.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from sft.configfile import LoadedConfig
+
+STALL_SECONDS = float(os.environ.get("SFT_STALL_SECONDS", "1800"))
+
+
+def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> int:
+    """Trains until done (0) or stopped on a signal (75). Raises the SftError family for what a user can fix."""
+    folder = RunFolder(loaded.run_dir)
+    with StopRequest() as stop:
+        try:
+            return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
+        except Stopped as stopped:
+            _note_stop_in_preparing(folder, str(stopped))
+            raise
+
+
+def _train(
+    loaded: LoadedConfig, folder: RunFolder, stop: StopRequest, *, fresh: bool, allow_change: Sequence[str]
+) -> int:
+    from sft.prepare import prepare_data
+
+    config, local_first = loaded.config, os.environ.get("LOCAL_RANK", "0") == "0"
+    say_early = (lambda text: print(text, file=sys.stderr, flush=True)) if local_first else (lambda text: None)
+    setup.set_determinism(config)
+    date = pinned_date(folder, fresh)
+    with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
+        bundle, data = prepare_data(loaded, say_early, pinned_date=date)
+    plan = make_plan(config, data)
+    accelerator = setup.make_accelerator(
+        config, folder.path, setup.resolve_precision(config.model.precision, _device_type())
+    )
+    rank, is_first = accelerator.process_index, accelerator.is_main_process
+    identity = run_fingerprint(config, data, bundle, plan.total_steps)
+    check_ranks_agree(rank, {"config": identity, "versions": setup.versions()})
+    lock = RunLock(folder.path)
+    try:
+        answer = on_first_rank(
+            is_first,
+            lambda: open_run(
+                loaded, folder, lock, print_of_run=identity, total_steps=plan.total_steps, fresh=fresh,
+                allow_change=allow_change, say=say_early,
+            ),
+        )  # fmt: skip
+        opening = Opening(
+            Path(answer["checkpoint"]) if answer["checkpoint"] else None,
+            RunState.from_dict(answer["state"]),
+            answer["is_done"],
+        )
+        if opening.is_done:
+            say_early(f"{folder.path}: complete at step {opening.state.step}. --fresh starts over.")
+            return EXIT_DONE
+        if is_first:
+            folder.write_status("running", code=None, reason="", step=opening.state.step)
+        with (
+            _failures_noted(folder),
+            Console(enabled=is_first, total_steps=plan.total_steps, first_step=opening.state.step) as console,
+        ):
+            session = open_session(
+                loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
+            )
+            _introduce(session, opening)
+            with Watchdog(STALL_SECONDS, lambda: f"rank {rank}, step {session.state.step}") as watchdog:
+                return _loop(session, stop, watchdog, console.step)
+    finally:
+        lock.release()
+
+
+def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) -> int:
+    """Evaluate at step 0, then step, log, evaluate, save, until the plan ends or all ranks agree to stop."""
+    config, job, plan = session.config, session.job, session.job.plan
+    total = plan.total_steps
+    trackers = _Trackers(session)
+    if data_has_eval(session) and session.state.step == 0 and 0 not in session.scores("eval.loss"):
+        watchdog.beat("evaluating before the first step")
+        trackers.log_eval(session.evaluate(0), 0)
+    elif session.state.step > 0:
+        _catch_up(session, trackers)
+    feed = StepFeed(
+        session.data.train, plan, seed=config.run.seed, rank=job.rank, world=job.world,
+        micro_tokens=job.micro_tokens, join=Join(job.flat_rows, job.pad_id),
+    )  # fmt: skip
+    early = session.should_stop_early()
+    stopping = False
+    for data in feed.steps(session.state.step + 1) if not early else ():
+        # -- one step -------------------------------------------------------------------------------------------------
+        watchdog.beat(f"step {data.step}")
+        started = time.perf_counter()
+        result = train_step(session, data, stop_requested=stop.requested)
+        seconds = time.perf_counter() - started
+        session.state = advance(session.state, data, result, seconds)
+        if job.is_first and (is_due(data.step, config.log.every, total) or result.stop):
+            event = train_event(session, data, result, seconds)
+            session.metrics.append(event)
+            show(event)
+            trackers.log(event)
+        # -- what falls due -------------------------------------------------------------------------------------------
+        stopping = result.stop and data.step < total
+        saved = is_due(data.step, config.save.every, total) or stopping
+        if not stopping and data_has_eval(session) and is_due(data.step, config.eval.every, total):
+            watchdog.beat(f"evaluating at step {data.step}")
+            trackers.log_eval(session.evaluate(data.step), data.step)
+            best = session.best_step()
+            session.store.protect(best)
+            saved = saved or best == data.step
+            early = session.should_stop_early()
+        if saved or early:
+            watchdog.beat(f"saving at step {data.step}")
+            session.save()
+        session.store.poll()
+        if stopping or early:
+            break
+    session.store.wait()
+    wait_for_all()
+    if stopping:
+        return _stopped(session, stop)
+    watchdog.beat("finishing", timeout_s=4 * STALL_SECONDS)
+    trackers.finish()
+    finish(session, reason="early stopping" if early else "")
+    return EXIT_DONE
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`loss` is the mean over the trained tokens of the step, over all ranks; None where nothing was trained."""
+
+    loss: float | None
+    grad_norm: float | None
+    learning_rate: float
+    skipped: bool
+    stop: bool
+
+
+def train_step(session: Session, data: StepData, *, stop_requested: bool = False) -> StepResult:
+    """One optimizer step over this rank's micro-batches of `data`. All ranks decide alike.
+
+    The loss is Σ w·l / Σ w over the whole step: counted first, over all ranks, then divided. Raises DeviceError for
+    a loss or gradient that is not finite, unless `train.on_nonfinite` is skip.
+    """
+    config, job = session.config, session.job
+    lr = _learning_rate(session, data.step)
+    set_learning_rate(job.optimizer, lr)
+    total = torch.zeros((), dtype=torch.float64, device=job.device)
+    for micro, batch in enumerate(data.batches):
+        is_last = micro == len(data.batches) - 1
+        torch.manual_seed(_seed(config.run.seed, data.step, micro, job.rank))
+        with nullcontext() if is_last else job.accelerator.no_sync(job.module):
+            loss = loss_sum(job.module, job.trainee, to_device(batch, job.device))
+            # DDP and FSDP average gradients over ranks; times the number of ranks that is the sum.
+            job.accelerator.backward(loss * (job.world / max(data.weight, 1e-12)))
+        total += loss.detach()
+    max_norm = config.optim.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(list(job.names), max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    own = [float(total), float(norm), float(stop_requested)]  # the one place where a step waits for its device
+    finite = math.isfinite(own[0]) and math.isfinite(own[1])
+    loss_all, bad_ranks, stop_ranks = sum_over_ranks([own[0] if finite else 0.0, float(not finite), own[2]], job.device)
+    if bad_ranks:
+        _explain_nonfinite(session, data, finite=finite)
+    elif data.weight > 0:
+        job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss=None if bad_ranks or not data.weight else loss_all / data.weight,
+        grad_norm=None if bad_ranks else own[1],
+        learning_rate=lr,
+        skipped=bool(bad_ranks),
+        stop=stop_ranks > 0,
+    )
+
+
+def _learning_rate(session: Session, step: int) -> float:
+    settings = session.config.optim
+    return learning_rate(
+        step,
+        total_steps=session.job.plan.total_steps,
+        peak=session.job.peak_lr,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        min_ratio=settings.min_lr_ratio,
+    )
+
+
+def _seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Dropout and noise depend on where a micro-batch stands, not on what ran before it in this process."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _explain_nonfinite(session: Session, data: StepData, *, finite: bool) -> None:
+    """No step is taken. Stops, or counts the skip up to `train.max_nonfinite_skips`."""
+    train = session.config.train
+    rows = sorted({source for sources in data.sources for source in sources})
+    where = f"step {data.step}, rank {session.job.rank}"
+    if not finite:
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        session.say(f"{where}: loss or gradient is not finite; no step is taken. Rows: {shown}")
+        if not session.job.is_first:
+            print(f"{where}: loss or gradient is not finite. Rows: {shown}", file=sys.stderr, flush=True)
+    skips = session.state.nonfinite_skips + 1
+    if train.on_nonfinite == "skip" and skips <= train.max_nonfinite_skips:
+        return
+    reason = (
+        f"{skips} steps were skipped (train.max_nonfinite_skips: {train.max_nonfinite_skips})"
+        if train.on_nonfinite == "skip"
+        else "train.on_nonfinite: stop"
+    )
+    error = DeviceError(
+        f"step {data.step}: the loss or a gradient is not finite ({reason}). Rows: {', '.join(rows[:8])}. "
+        "Lower optim.lr, set optim.max_grad_norm, look at these rows with sft preview, or set train.on_nonfinite: skip."
+    )
+    error.said = finite and not session.job.is_first
+    raise error
+
+
+def advance(state: RunState, data: StepData, result: StepResult, seconds: float) -> RunState:
+    return replace(
+        state,
+        step=data.step,
+        tokens=state.tokens + data.tokens,
+        trained_tokens=state.trained_tokens + data.trained_tokens,
+        seconds=state.seconds + seconds,
+        nonfinite_skips=state.nonfinite_skips + int(result.skipped),
+    )
+
+
+def train_event(session: Session, data: StepData, result: StepResult, seconds: float) -> dict[str, Any]:
+    return {
+        "event": "train",
+        "step": data.step,
+        "epoch": round(session.job.plan.epoch_at(data.step), 6),
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens": session.state.tokens,
+        "trained_tokens": session.state.trained_tokens,
+        "tokens_per_second": round(data.tokens / seconds, 1),
+        "seconds": round(session.state.seconds, 3),
+        "micro_batches": len(data.batches),
+        "batch": data.digest,
+        **({"skipped": True} if result.skipped else {}),
+    }
+
+
+def data_has_eval(session: Session) -> bool:
+    return session.data.eval is not None
+
+
+def _catch_up(session: Session, trackers: _Trackers) -> None:
+    """The evaluation that fell due at the very step after which the run was stopped."""
+    step = session.state.step
+    due = data_has_eval(session) and is_due(step, session.config.eval.every, session.job.plan.total_steps)
+    if due and step not in session.scores("eval.loss"):
+        trackers.log_eval(session.evaluate(step), step)
+    session.store.protect(session.best_step())
+
+
+def _stopped(session: Session, stop: StopRequest) -> int:
+    step, name = session.state.step, stop.signal_name or "a signal to another rank"
+    if session.job.is_first:
+        session.folder.write_status("stopped", code=EXIT_STOPPED, reason=f"stopped by {name}", step=step)
+    session.say(f"stopped by {name} after step {step}, checkpoint published; the same command resumes")
+    return EXIT_STOPPED
+
+
+def _introduce(session: Session, opening: Opening) -> None:
+    job, plan = session.job, session.job.plan
+    facts = job.resolved
+    begin = f"resuming after step {opening.state.step}" if opening.state.step else "training"
+    session.say(
+        f"{begin}: {plan.total_steps} steps of {session.config.batch.examples} conversations on {job.world} "
+        f"process{'es' if job.world > 1 else ''} ({job.device.type}), {facts['trained_parameters']:,} of "
+        f"{facts['parameters']:,} parameters, {facts['precision']}, lr {job.peak_lr:g}, "
+        f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
+    )
+    hint = setup.unused_gpus_hint()
+    if hint:
+        session.say(hint)
+
+
+class _Trackers:
+    """Trackers by name, through accelerate. One that fails is named once and never stops the training."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._on = session, bool(session.config.log.trackers)
+        log = session.config.log
+        if self._on:
+            name = log.name or session.folder.path.name
+            run_id = digest_of(str(session.folder.path.resolve()).encode())
+            self._try(
+                lambda: session.job.accelerator.init_trackers(
+                    log.project, init_kwargs={"wandb": {"name": name, "id": run_id, "resume": "allow"}}
+                )
+            )
+
+    def log(self, event: dict[str, Any]) -> None:
+        numbers = {f"train/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
+        self._try(lambda: self._session.job.accelerator.log(numbers, step=event["step"]))
+
+    def log_eval(self, scores: dict[str, Any], step: int) -> None:
+        numbers = {f"eval/{k}": v for k, v in scores.items() if v is not None}
+        self._try(lambda: self._session.job.accelerator.log(numbers, step=step))
+
+    def finish(self) -> None:
+        self._try(lambda: self._session.job.accelerator.end_training() if self._on else None)
+
+    def _try(self, action: Any) -> None:
+        if not self._on:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a tracker raises is its own trouble, not the training's
+            self._on = False
+            self._session.say(f"warning: the tracker failed and is switched off: {type(error).__name__}: {error}")
+
+
+def _device_type() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
+    """Unless another process trains in this folder right now, its status says that this one was stopped."""
+    if os.environ.get("RANK", "0") != "0" or folder.read_status().get("state") == "done":
+        return
+    try:
+        with RunLock(folder.path):
+            step = int(folder.read_status().get("step") or 0)
+            folder.write_status("stopped", code=EXIT_STOPPED, reason=reason, step=step)
+    except SftError:
+        return  # the folder is another run's, or cannot be written: the exit code says it all
+
+
+@contextmanager
+def _failures_noted(folder: RunFolder) -> Iterator[None]:
+    """Writes a failure to status.json. The first cause stays: ranks that fail because another did write nothing."""
+    try:
+        yield
+    except BaseException as error:
+        status = folder.read_status()
+        if status.get("state") == "running":
+            code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
+            reason = str(error) or type(error).__name__
+            folder.write_status("failed", code=code, reason=reason, step=int(status["step"]))
+        raise
