@@ -1,8 +1,8 @@
 """One file → rows that know their `file:line`: JSON lines, JSON, CSV, Parquet and Arrow.
 
 Read by hand and not through Arrow's JSON reader, which unions the keys of all rows into foreign nulls and forgets
-lines. Every reader is a generator in bounded memory. Trouble with one row becomes a `BadRow` and reading goes on; trouble with
-the file itself (unreadable, cut in a way that hides how much is lost) raises `DataError`.
+lines. Every reader is a generator in bounded memory. Trouble with one row becomes a `BadRow` and reading goes on;
+trouble with the file itself (unreadable, cut in a way that hides how much is lost) raises `DataError`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""Which rows are held out for evaluation: by their content, so that every seed and every run scores the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.errors import DataError
+from sft.types import Conversation, Sample
+
+MOST_ROWS = 500
+"""Of a share: more would cost time and tell little more."""
+
+
+def content_hash(sample: Sample) -> int:
+    """64 bits of what the row says: its messages and tools, or its texts. Where it stands does not matter."""
+    content: Any
+    if isinstance(sample, Conversation):
+        content = ([(m.role, m.content, m.extra, m.train, m.weight) for m in sample.messages], sample.tools)
+    else:
+        content = (sample.kind, sample.prompt, sample.completion)
+    digest = hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def held_out(hashes_C: NDArray[np.uint64], wanted: float) -> NDArray[np.bool_]:
+    """Mask over C rows. `wanted` below 1: that share, 1 to 500 rows; a whole number: so many rows; 0: none.
+
+    Rows with the smallest hashes are taken. Equal rows go together, so nothing that is trained is scored; where a group
+    of equal rows does not fit, the next one is tried. At least one row stays for training. Raises DataError where a
+    whole number asks for all rows or more.
+    """
+    total = len(hashes_C)
+    mask = np.zeros(total, dtype=np.bool_)
+    if wanted == 0 or total == 0:
+        return mask
+    if wanted >= total and wanted >= 1:
+        raise DataError(
+            f"data.eval = {int(wanted)}: only {total} rows are left after checks, and some must be trained. "
+            "Ask for fewer, or give a share such as 0.05"
+        )
+    count = int(wanted) if wanted >= 1 else min(MOST_ROWS, max(1, round(wanted * total)))
+    count = min(count, total - 1)
+    _, group_C, sizes_G = np.unique(hashes_C, return_inverse=True, return_counts=True)  # groups by ascending hash
+    chosen = _fitting(sizes_G, count)
+    if not chosen and len(sizes_G) > 1:
+        chosen = [int(np.argmin(sizes_G))]
+    mask[np.isin(group_C, chosen)] = True
+    return mask
+
+
+def _fitting(sizes_G: NDArray[np.int64], count: int) -> list[int]:
+    chosen, taken = [], 0
+    for group, size in enumerate(sizes_G.tolist()):
+        if taken == count:
+            break
+        if taken + size <= count:
+            chosen.append(group)
+            taken += size
+    return chosen

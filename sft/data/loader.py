@@ -1,0 +1,387 @@
+"""Prepare once, then serve from memory maps.
+
+    prepare(config, bundle, cache_dir=…)  →  cache_dir/<key>/  →  Prepared(train, eval, report)
+
+The key covers everything that the result depends on: the bytes of the files, how they are read, the tokenizer and its
+template, the settings, the code of `sft.data`, the versions of the libraries. What is found under it was published
+whole by a rename; two processes that prepare the same key at once wait for each other, or the first rename wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft.config import Config, Data, Source
+from sft.data.encode import Encoder, EncodeSettings
+from sft.data.heldout import held_out
+from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
+from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream, to_sample
+from sft.data.sources import read_rows, source_files, source_fingerprint
+from sft.data.store import NOTES, Prepared, Split, StoreWriter, is_published, open_prepared, staged
+from sft.errors import DataError
+from sft.tokenizer import TokenizerBundle
+from sft.types import Conversation, Note, Passage, Sample
+
+__all__ = ["Prepared", "Split", "cache_key", "prepare"]
+
+SAMPLES = 16
+CANDIDATES = 64
+"""Rows kept in mind for samples; some turn out to be cut, or to have no prompt."""
+LARGE_ROW = 100_000
+"""Bytes; a larger row makes no sample worth reading, and many of them would fill the memory."""
+SAY_SECONDS = 10.0
+
+
+def prepare(
+    config: Config,
+    bundle: TokenizerBundle,
+    *,
+    cache_dir: Path,
+    workers: int | None = None,
+    say: Callable[[str], None],
+) -> Prepared:
+    """Renders, proves and tokenises all rows once into `cache_dir/<key>/`, or opens what is there.
+
+    `workers`: processes beside this one; 0 none, None chosen. `say` gets a line now and then; an exception that it (or
+    a signal's handler) raises ends the preparing and leaves nothing behind.
+    Raises DataError with all bad rows, or where too many were dropped or nothing is left; DeviceError for the disk.
+    """
+    data = config.data
+    settings = encode_settings(data)
+    path = cache_dir / cache_key(data, bundle, settings)
+    sources = _sources(data)
+    repeats = [source.repeat for source in sources]
+    if not is_published(path):
+        with _alone(path, say):
+            if not is_published(path):
+                _build(path, data, bundle, settings, workers, say)
+    prepared = open_prepared(path, repeats)
+    _say_result(prepared, say)
+    return prepared
+
+
+def encode_settings(data: Data) -> EncodeSettings:
+    return EncodeSettings(
+        train_on=data.train_on,
+        max_tokens=data.max_tokens,
+        over_long=data.over_long,
+        control_tokens_in_text=data.control_tokens_in_text,
+        template_args=data.template_args,
+    )
+
+
+def _sources(data: Data) -> list[Source]:
+    """Those of train, then those of eval where it has its own. A source's place here is its `origin`."""
+    return [*data.train, *(data.eval if isinstance(data.eval, list) else [])]
+
+
+def _settings_of(source: Source) -> dict[str, Any]:
+    return source.model_dump(include={"split", "subset", "revision", "columns", "limit"})
+
+
+def cache_key(data: Data, bundle: TokenizerBundle, settings: EncodeSettings) -> str:
+    """Changes with anything that the prepared data depends on. `repeat` is no part: it is applied when opened."""
+    facts = {
+        "train": [(source_fingerprint(s.path, **_settings_of(s)), s.format) for s in data.train],
+        "eval": [(source_fingerprint(s.path, **_settings_of(s)), s.format) for s in data.eval]
+        if isinstance(data.eval, list)
+        else data.eval,
+        "rules": [data.on_bad_row, data.max_dropped],
+        "tokenizer": bundle.digest,
+        "template": bundle.template,
+        "stop": bundle.stop_ids,
+        "settings": dataclasses.asdict(settings),
+        "code": code_version(),
+        "libraries": [version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:24]
+
+
+def code_version() -> str:
+    """A hash of the code that turns rows into examples: a fix in it must not meet the cache of the fault."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "tokenizer.py", here.parent / "templating.py"]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + (file.read_bytes() if file.exists() else b""))
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the key's lock, which the system frees when its process dies. Without file locks the first rename wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on this platform
+        yield
+        return
+    with (path.parent / f".{path.name}.lock").open("a") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    say("another process prepares the same data: waiting for it")
+                told = True
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+def _build(
+    path: Path, data: Data, bundle: TokenizerBundle, settings: EncodeSettings, workers: int | None,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    sources = _sources(data)
+    paths = [source.path for source in sources]
+    before = _states(sources)
+    all_rows = path.parent / f"{path.name}.{NOTES}"
+    all_rows.unlink(missing_ok=True)
+    with staged(path) as folder:
+        writer, ledger = StoreWriter(folder), Ledger(folder / NOTES)
+        try:
+            picks, formats = _encode_all(writer, ledger, data, bundle, settings, workers, say)
+            ledger.close()
+            if _states(sources) != before:
+                raise DataError(f"{', '.join(paths)}: a file changed while it was read. Prepare again when it is done")
+            if data.on_bad_row == "error":
+                refuse_bad_rows(ledger, all_rows)
+            trained = range(len(data.train))
+            own_eval = range(len(data.train), len(sources))
+            for origins in (trained, own_eval):
+                refuse_many_drops(ledger, paths, origins, data.max_dropped, all_rows)
+            _split(writer, ledger, data, paths, say)
+            report = account(writer, ledger, paths, trained, "train", formats[1])
+            scored = account(writer, ledger, paths, own_eval or trained, "eval", formats[1])
+            report["eval"] = scored if scored["kept"] else None
+            report["formats"] = formats[0]
+            report["stop_tokens"] = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
+            report["template"] = bundle.template_name
+            writer.finish(report, _samples(writer, ledger, picks))
+        finally:
+            writer.close()
+            ledger.close()
+
+
+def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
+    files = chain.from_iterable(source_files(source.path, source.split) for source in sources)
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _encode_all(
+    writer: StoreWriter, ledger: Ledger, data: Data, bundle: TokenizerBundle, settings: EncodeSettings,
+    workers: int | None, say: Callable[[str], None],
+) -> tuple[_Picks, tuple[dict[str, str], dict[int, set[str]]]]:  # fmt: skip
+    """Reads, encodes and stores every row of every source, in order."""
+    dealer = Dealer(_few(say), {})
+    picks = _Picks(len(data.train))
+    formats: dict[int, set[str]] = {}
+    batches = chain.from_iterable(
+        dealer.deal(read_rows(source.path, **_settings_of(source)), origin, source.format)
+        for origin, source in enumerate(_sources(data))
+    )
+    started = said = time.monotonic()
+    for batch, encoded in encode_stream(batches, partial(Encoder, bundle, settings), workers):
+        _store(writer, ledger, batch, encoded, picks, say if data.on_bad_row == "error" else None)
+        if encoded.examples.any():
+            formats.setdefault(batch.origin, set()).add(batch.format)
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            rows = sum(ledger.rows.values())
+            say(f"prepared {rows:,} rows, {rows / (said - started):,.0f} a second")
+    return picks, (dealer.formats, formats)
+
+
+def _few(say: Callable[[str], None], most: int = 10) -> Callable[[str], None]:
+    """Says the first lines only: a folder may hold thousands of files."""
+    said = 0
+
+    def limited(line: str) -> None:
+        nonlocal said
+        said += 1
+        if said <= most:
+            say(line)
+        elif said == most + 1:
+            say("… and so on; the report of the data lists each file's format")
+
+    return limited
+
+
+def _store(
+    writer: StoreWriter, ledger: Ledger, batch: RowBatch, encoded: EncodedBatch, picks: _Picks,
+    say_bad: Callable[[str], None] | None,
+) -> None:  # fmt: skip
+    ledger.rows[batch.origin] += len(batch.rows)
+    kept = np.flatnonzero(encoded.examples)
+    first = writer.num_conversations
+    conversations = dict(zip(kept.tolist(), range(first, first + len(kept)), strict=True))
+    gone: set[int] = set()
+    for row, note in encoded.notes:
+        if row in conversations:
+            ledger.keep(note, conversations[row])
+        elif row not in gone and note.action in ("refused", "dropped"):
+            gone.add(row)
+            if note.action == "refused":
+                if say_bad and not ledger.num_refused:
+                    say_bad(f"bad row {note.source}: {note.detail}; reading on to list them all")
+                ledger.refuse(note, batch.origin)
+            else:
+                ledger.drop(note, batch.origin)
+    assert len(gone) + len(kept) == len(batch.rows), f"rows without examples and without a note after {batch.decided}"
+    names = [name.encode("utf-8", "surrogateescape") for name in encoded.names]
+    writer.append(
+        ids=encoded.ids,
+        weights=encoded.weights,
+        lengths=encoded.lengths,
+        trained=encoded.trained,
+        names=np.frombuffer(b"".join(names), dtype=np.uint8),
+        name_lengths=np.array([len(name) for name in names], dtype=np.int32),
+        examples=encoded.examples[kept],
+        origins=np.full(len(kept), batch.origin, dtype=np.int32),
+        hashes=encoded.hashes[kept],
+    )
+    for row in kept.tolist():
+        picks.offer(int(encoded.hashes[row]), conversations[row], batch, row)
+
+
+def _split(writer: StoreWriter, ledger: Ledger, data: Data, paths: Sequence[str], say: Callable[[str], None]) -> None:
+    origins_C = writer.read("origins")
+    of_train_C = origins_C < len(data.train)
+    if isinstance(data.eval, list):
+        scored = np.flatnonzero(~of_train_C)
+    else:
+        scored = np.flatnonzero(held_out(writer.read("hashes"), data.eval))
+        if data.eval and not len(scored) and len(origins_C):
+            say(f"data.eval = {data.eval:g}: no rows are held out, since all rows are equal or there is only one")
+        elif data.eval >= 1 and len(scored) != data.eval:
+            say(f"data.eval = {data.eval:g}: {len(scored)} rows are held out, since equal rows stay together")
+    is_scored_C = np.zeros(len(origins_C), dtype=np.bool_)
+    is_scored_C[scored] = True
+    trained = np.flatnonzero(of_train_C & ~is_scored_C)
+    for rows, what, origins in (
+        (trained, "train", range(len(data.train))),
+        (scored, "eval", range(len(data.train), len(paths))),
+    ):
+        if not len(rows) and origins:
+            read, dropped = ledger.total(origins)
+            why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
+            listed = ", ".join(paths[o] for o in origins)
+            raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). Check data.max_tokens")
+    writer.append(train=trained, eval=scored)
+
+
+class _Picks:
+    """Remembers rows for samples, chosen by content: of train sources the smallest hashes (which are held out first)
+    and the largest (which are trained), of eval sources the smallest."""
+
+    def __init__(self, num_train: int) -> None:
+        self._num_train = num_train
+        self._heaps: dict[str, list[tuple[int, int, RowBatch]]] = {"low": [], "high": [], "own": []}
+
+    def offer(self, content: int, conversation: int, batch: RowBatch, row: int) -> None:
+        """Each heap keeps its CANDIDATES largest keys; ties go to the earlier row."""
+        if getattr(batch.rows[row], "size", 0) > LARGE_ROW:
+            return
+        names = ("low", "high") if batch.origin < self._num_train else ("own",)
+        for name in names:
+            key = content if name == "high" else -content
+            heap = self._heaps[name]
+            if len(heap) < CANDIDATES:
+                heapq.heappush(heap, (key, -conversation, _alone_in(batch, row)))
+            elif (key, -conversation) > heap[0][:2]:
+                heapq.heapreplace(heap, (key, -conversation, _alone_in(batch, row)))
+
+    def samples(self, wanted: set[int]) -> Iterator[tuple[int, Sample]]:
+        """(conversation, sample) of the wanted conversations, each once, in the order of their hashes."""
+        seen: set[int] = set()
+        for heap in self._heaps.values():
+            for _, negative, batch in sorted(heap, key=lambda entry: entry[:2], reverse=True):
+                conversation = -negative
+                if conversation in wanted and conversation not in seen:
+                    seen.add(conversation)
+                    sample = to_sample(batch.rows[0], batch)
+                    assert not isinstance(sample, Note)
+                    yield conversation, sample
+
+
+def _alone_in(batch: RowBatch, row: int) -> RowBatch:
+    """The batch with that row only, so that the others can be forgotten."""
+    return dataclasses.replace(batch, rows=[batch.rows[row]])
+
+
+def _samples(writer: StoreWriter, ledger: Ledger, picks: _Picks) -> dict[str, list[dict[str, Any]]]:
+    """Up to SAMPLES of each side that were not cut."""
+    cut = ledger.conversations_noted("cut")
+    made: dict[str, list[dict[str, Any]]] = {}
+    example_starts = np.concatenate([[0], np.cumsum(writer.read("examples"), dtype=np.int64)])
+    token_starts = np.concatenate([[0], np.cumsum(writer.read("lengths"), dtype=np.int64)])
+    for side in ("train", "eval"):
+        made[side] = []
+        for conversation, sample in picks.samples(set(writer.read(side).tolist()) - cut):
+            last = int(example_starts[conversation + 1]) - 1
+            tokens = slice(int(token_starts[last]), int(token_starts[last + 1]))
+            record = sample_record(sample, writer.read("ids")[tokens], writer.read("weights")[tokens])
+            if record and len(made[side]) < SAMPLES:
+                made[side].append(record)
+    return made
+
+
+def sample_record(sample: Sample, ids_T: Any, weights_T: Any) -> dict[str, Any] | None:
+    """The prompt of the last trained answer, as ids and as messages, and the answer. None without a prompt."""
+    trained = np.flatnonzero(weights_T)
+    if not len(trained):
+        return None
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    start = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+    prompt_ids = [int(token) for token in ids_T[:start]]
+    if not prompt_ids:
+        return None
+    if isinstance(sample, Passage):
+        texts = {"prompt": sample.prompt, "reference": sample.completion}
+        return {"source": sample.source, "messages": [], "tools": [], "prompt_ids": prompt_ids, **texts}
+    last = _last_trained(sample)
+    if last is None:
+        return None
+    return {
+        "source": sample.source,
+        "messages": [message.as_dict() for message in sample.messages[:last]],
+        "tools": [dict(tool) for tool in sample.tools],
+        "prompt_ids": prompt_ids,
+        "reference": sample.messages[last].content,
+    }
+
+
+def _last_trained(conversation: Conversation) -> int | None:
+    """The last assistant message, where it is trained."""
+    for index in range(len(conversation.messages) - 1, -1, -1):
+        message = conversation.messages[index]
+        if message.role == "assistant":
+            return index if message.train is not False and message.weight > 0 else None
+    return None
+
+
+def _say_result(prepared: Prepared, say: Callable[[str], None]) -> None:
+    report = prepared.report
+    dropped = sum(report["dropped"].values())
+    say(
+        f"data: {report['rows']:,} rows: {report['kept']:,} train, {report['held_out']:,} held out, {dropped:,} dropped"
+        f"; {report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained"
+    )
