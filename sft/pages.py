@@ -24,7 +24,8 @@ def render_page(template: str, **values: Any) -> str:
 
     `data=` is embedded as JSON for the page's own script, where it is `sft.data`; NaN and infinities become null.
     """
-    return _environment().get_template(template).render(data=values.pop("data", None), **values)
+    html = _environment().get_template(template).render(data=values.pop("data", None), **values)
+    return html.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a row has no UTF-8: `?`
 
 
 @cache
@@ -32,7 +33,11 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals["asset"] = _asset
     environment.filters.update(
@@ -54,11 +59,7 @@ def embedded_json(value: Any) -> Markup:
     text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(_without_lone_surrogates(text))
-
-
-def _without_lone_surrogates(text: str) -> str:
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return Markup(text)
 
 
 def _finite(value: Any) -> Any:
@@ -81,7 +82,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits - 2}e}".replace("e-0", "e-").replace("e+0", "e+").replace(".00e", "e")
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.{digits}g}" if abs(value) < 1000 else count(value)
 
 
@@ -106,10 +108,9 @@ def num_bytes(value: float | None) -> str:
     """Powers of 1024: 98 MiB, 1.5 GiB."""
     if value is None:
         return "–"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while value >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
+        units.pop()
+    unit = units[-1]
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"

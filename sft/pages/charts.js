@@ -66,7 +66,7 @@ const sft = (() => {
   };
   const redraw = (box, draw) => {
     let width = 0;
-    new ResizeObserver(() => { const now = box.clientWidth; if (now && now !== width) { width = now; draw(now); } }).observe(box);
+    new ResizeObserver(() => { const now = box.clientWidth; if (now && now !== width) { width = now; requestAnimationFrame(() => draw(now)); } }).observe(box);
   };
 
   // figure(parent, title, legend?) -> the box a chart is drawn in
@@ -157,7 +157,7 @@ const sft = (() => {
     let plot = null;
     redraw(box, width => {
       if (plot) plot.remove();
-      const ticks = ticksBetween(0, high, height / 52, options.whole !== false), left = 10 + 6.6 * Math.max(...ticks.map(t => short(t).length));
+      const ticks = ticksBetween(0, high, height / 40, options.whole !== false), left = 10 + 6.6 * Math.max(...ticks.map(t => short(t).length));
       const bottom = 24 + (options.xLabel ? 15 : 0), top = 8, right = 8;
       plot = svg('svg', {class: 'plot', viewBox: `0 0 ${width} ${height}`, height, role: 'img', 'aria-label': title});
       box.insertBefore(plot, tip);

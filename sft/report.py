@@ -1,0 +1,306 @@
+"""`sft report`: one self-contained page for a run or a sweep, from what the run folder holds and nothing else.
+
+    metrics.jsonl  ->  curves, tiles, samples        data.json, data_report.jsonl  ->  sources, lengths, dropped rows
+    config.yaml    ->  every key with its origin     environment.json, status.json ->  where, and how it ended
+
+Missing files leave their part out: a run that failed early, or still goes on, has a page too. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sft.durable import read_json, write_text
+from sft.errors import ConfigError
+from sft.pages import render_page
+from sft.runfolder import RunFolder, read_events
+from sft.secrets import mask_secrets
+
+MOST_POINTS = 1200  # of one curve on the page: more than a screen has pixels
+MOST_NOTES = 200  # rows of data_report.jsonl on the page
+
+Event = Mapping[str, Any]
+Point = tuple[float, float | None]
+
+
+def write_report(path: Path | str) -> Path:
+    """Writes report.html into the run or sweep folder `path` and returns it. Raises ConfigError for other folders."""
+    folder = Path(path)
+    if is_sweep(folder):
+        from sft.sweepreport import write_sweep_report
+
+        return Path(write_sweep_report(folder))
+    if not is_run(folder):
+        raise ConfigError(
+            f"{folder}: neither a run nor a sweep: there is no metrics.jsonl, status.json or trials.csv in it. "
+            "Name the run.dir of a run, such as runs/quickstart."
+        )
+    target = folder / "report.html"
+    write_text(target, run_page(folder))
+    return target
+
+
+def is_run(folder: Path) -> bool:
+    run = RunFolder(folder)
+    return run.metrics.is_file() or run.status.is_file()
+
+
+def is_sweep(folder: Path) -> bool:
+    return not is_run(folder) and any((folder / name).is_file() for name in ("trials.csv", "sweep.yaml", "sweep.json"))
+
+
+def run_page(folder: Path) -> str:
+    """The page of a run as HTML."""
+    run = RunFolder(folder)
+    events = list(read_events(run.metrics))
+    config = read_config_lines(run.config)
+    data = _read_or_none(run.data)
+    values = {line.key: line.resolved or line.value for line in config}
+    return render_page(
+        "report.html",
+        name=folder.resolve().name,
+        status=run.read_status(),
+        serving=_read_or_none(folder / "serving.json") or {},
+        title=mask_secrets(values.get("model.name", "").strip("'\"")),
+        subtitle=subtitle(values),
+        summary=summarize(events),
+        samples=samples_by_prompt(events),
+        report=data,
+        notes=list(islice(_json_lines(run.data_report), MOST_NOTES + 1)),
+        most_notes=MOST_NOTES,
+        config=by_section(config),
+        environment=list(flatten(_read_or_none(run.environment) or {})),
+        data={"curves": curves(events), "histogram": histogram_bars(data)},
+    )
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+def curves(events: Sequence[Event]) -> dict[str, list[Point]]:
+    """Points (step, value) of every curve, at most `MOST_POINTS` each; extremes survive the thinning."""
+    train = [event for event in events if event.get("event") == "train"]
+    evals = [event for event in events if event.get("event") == "eval"]
+    drawn = {
+        key: thin([(event["step"], event.get(key)) for event in train])
+        for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    }
+    drawn["smooth"] = thin(smooth([(event["step"], event.get("loss")) for event in train]))
+    for key in ("loss", "token_accuracy", "stop_probability"):
+        drawn[f"eval_{key}"] = [(event["step"], event.get(key)) for event in evals]
+    drawn["resumes"] = [(event["step"], event.get("seconds")) for event in events if event.get("event") == "resume"]
+    return drawn
+
+
+def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:
+    """A centred moving mean over `share` of the points; gaps stay gaps. Nothing for fewer than 12 points."""
+    half = round(len(points) * share / 2)
+    if len(points) < 12 or half < 1:
+        return []
+    sums, counts = [0.0], [0]
+    for _, value in points:
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
+    result: list[Point] = []
+    for index, (step, _) in enumerate(points):
+        reach = min(half, index, len(points) - 1 - index)  # symmetric, so that the ends do not lag behind
+        low, high = index - reach, index + reach + 1
+        number = counts[high] - counts[low]
+        result.append((step, (sums[high] - sums[low]) / number if number else None))
+    return result
+
+
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most about `most` points: of each stretch the lowest and the highest, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    stretches = most // 2
+    result: list[Point] = []
+    for index in range(stretches):
+        stretch = points[index * len(points) // stretches : (index + 1) * len(points) // stretches]
+        known = [point for point in stretch if point[1] is not None] or [stretch[0]]
+        ends = {min(known, key=_value), max(known, key=_value)}
+        result += sorted(ends, key=lambda point: point[0])
+    if result[-1] != points[-1]:
+        result.append(points[-1])
+    return result
+
+
+def _value(point: Point) -> float:
+    return float("inf") if point[1] is None else point[1]
+
+
+# Summary ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers for the tiles; None where the run recorded none."""
+
+    steps: int
+    epoch: float | None
+    train_loss: float | None
+    first: Event  # evaluations: at step 0, the last, the best by loss
+    last: Event
+    best: Event
+    tokens: int | None
+    trained_tokens: int | None
+    seconds: float | None
+    tokens_per_second: float | None
+    resumes: int
+
+
+def summarize(events: Sequence[Event]) -> Summary:
+    train = [event for event in events if event.get("event") == "train"]
+    evals = [event for event in events if event.get("event") == "eval"]
+    scored = [event for event in evals if event.get("loss") is not None]
+    last = train[-1] if train else {}
+    speeds = sorted(speed for event in train if (speed := event.get("tokens_per_second")) is not None)
+    return Summary(
+        steps=last.get("step", 0),
+        epoch=last.get("epoch"),
+        train_loss=last.get("loss"),
+        first=next((event for event in evals if event["step"] == 0), {}),
+        last=evals[-1] if evals else {},
+        best=min(scored, key=lambda event: event["loss"]) if scored else {},
+        tokens=last.get("tokens"),
+        trained_tokens=last.get("trained_tokens"),
+        seconds=last.get("seconds"),
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+        resumes=sum(event.get("event") == "resume" for event in events),
+    )
+
+
+def subtitle(values: Mapping[str, str]) -> str:
+    """`LoRA, rank 16 · 32 conversations a step · adamw at 2e-4, cosine` from the flat config."""
+    tuning = {"full": "full finetune", "lora": "LoRA", "qlora": "QLoRA"}.get(values.get("model.tuning", ""), "")
+    parts = [tuning]
+    if tuning.endswith("LoRA") and "model.lora.rank" in values:
+        parts[0] += f", rank {values['model.lora.rank']}"
+    if "batch.examples" in values:
+        parts.append(f"{values['batch.examples']} conversations a step")
+    if "optim.lr" in values:
+        parts.append(
+            f"{values.get('optim.type', '')} at {values['optim.lr']}, {values.get('optim.schedule', '')}".strip(", ")
+        )
+    return " · ".join(part for part in parts if part)
+
+
+def samples_by_prompt(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """One entry a held-out prompt: its text, the reference, and the completions in the order of their steps."""
+    prompts: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in events:
+        if event.get("event") != "samples":
+            continue
+        for sample in event["samples"]:
+            key = (sample.get("source", ""), sample["prompt"])
+            entry = prompts.setdefault(
+                key,
+                {"source": key[0], "prompt": key[1], "reference": sample.get("reference", ""), "completions": []},
+            )
+            entry["completions"].append(
+                {"step": event["step"], "text": sample["completion"], "stopped": sample.get("stopped")}
+            )
+    return list(prompts.values())
+
+
+def histogram_bars(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Bars for the chart of lengths from `length_histogram`: `[{"from", "to", "examples"}]`, `to` exclusive."""
+    bins = (report or {}).get("length_histogram") or []
+    return [
+        {"label": str(item["from"]), "title": f"{item['from']} to {item['to'] - 1} tokens", "value": item["examples"]}
+        for item in bins
+    ]
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConfigLine:
+    """One key of config.yaml as it is written, with the comment that says where it came from."""
+
+    key: str
+    value: str
+    origin: str
+    resolved: str
+
+    @property
+    def is_default(self) -> bool:
+        return self.origin == "default"
+
+
+_KEY = re.compile(r"^(?P<indent> *)(?P<item>- )?(?P<key>[^\s:#]+):(?: (?P<rest>.*))?$")
+_NOTE = re.compile(r"^(?P<value>.*?)(?:  # (?P<origin>[^#]*?)(?:; resolved to (?P<resolved>.*))?)?$")
+
+
+def read_config_lines(path: Path) -> list[ConfigLine]:
+    """The leaves of the resolved config.yaml in file order; [] where there is none.
+
+    Reads lines, not YAML: the comments are what is wanted, and the file is our own, one key a line.
+    """
+    if not path.is_file():
+        return []
+    lines: list[ConfigLine] = []
+    stack: list[tuple[int, str]] = []  # (indent, key or index) of the sections that are open
+    for text in path.read_text(encoding="utf-8").splitlines():
+        match = _KEY.match(text)
+        if fact := re.match(r"^# resolved: ([^:]+): (.*)$", text):
+            lines.append(ConfigLine(fact[1], fact[2], "resolved", ""))
+        if match is None or text.lstrip().startswith("#"):
+            continue
+        indent = len(match["indent"])
+        if match["item"]:
+            siblings = [key for at, key in stack if at == indent and key.isdigit()]
+            stack = [item for item in stack if item[0] < indent]
+            stack.append((indent, str(int(siblings[-1]) + 1) if siblings else "0"))
+            indent += 2
+        stack = [item for item in stack if item[0] < indent]
+        key = ".".join([key for _, key in stack] + [match["key"]])
+        note = _NOTE.match(match["rest"] or "")
+        assert note is not None
+        if not note["value"]:
+            stack.append((indent, match["key"]))
+            continue
+        resolved = note["resolved"] if note["resolved"] != note["value"] else None
+        lines.append(ConfigLine(key, note["value"], note["origin"] or "", resolved or ""))
+    return lines
+
+
+def by_section(lines: Iterable[ConfigLine]) -> dict[str, list[ConfigLine]]:
+    sections: dict[str, list[ConfigLine]] = {}
+    for line in lines:
+        sections.setdefault(line.key.partition(".")[0], []).append(line)
+    return sections
+
+
+def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted key, text) of nested JSON; lists of plain values stay together."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}.{index}")
+    elif isinstance(value, list):
+        yield prefix, ", ".join(str(item) for item in value)
+    else:
+        yield prefix, "–" if value is None else str(value)
+
+
+def _read_or_none(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                if line.endswith("\n"):
+                    yield json.loads(line)
