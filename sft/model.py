@@ -35,7 +35,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
 
 def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device.type == "xpu"
@@ -89,7 +89,7 @@ def load_base(
             "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
         ) from error
     if device is not None and quantization is None:
-        model.to(device)
+        model.to(device=device)
     own_storage(model)
     return model
 
@@ -114,7 +114,8 @@ def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype, storag
     from transformers import BitsAndBytesConfig
 
     # quant_storage in the dtype of the other weights, without which FSDP cannot shard the packed weights
-    return BitsAndBytesConfig(
+    config: Any = BitsAndBytesConfig
+    return config(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
@@ -144,7 +145,7 @@ def add_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         use_rslora=lora.rslora,

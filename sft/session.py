@@ -337,7 +337,7 @@ def open_session(
     trainee, facts = setup.build_trainee(
         config, bundle, device=device, checkpoint=opening.checkpoint, grown_to=recorded.get("grown_to"), say=say
     )
-    proof = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded} if recorded else {}
+    proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
     if not proof or config.model.attention not in ("auto", "flat"):
         proof = setup.prove(trainee, config, device, say)
     elif not proof["flat_rows"]:

@@ -16,7 +16,7 @@ from sft import attention, optim
 from sft.config import Config
 from sft.data.collate import flat, idle, to_device
 from sft.errors import DeviceError
-from sft.isolation import compare
+from sft.isolation import compare, head_is_exact
 from sft.model import (
     add_adapter,
     count_parameters,
@@ -224,7 +224,7 @@ def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
     """What the base model learned to end texts with: its generation settings' end, else the tokenizer's."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if first is not None else bundle.tokenizer.eos_token_id
+    return first if isinstance(first, int) else bundle.tokenizer.eos_token_id
 
 
 def prove(trainee: Trainee, config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
@@ -233,25 +233,29 @@ def prove(trainee: Trainee, config: Config, device: torch.device, say: Callable[
     Raises DeviceError where the user insists on flat rows and the model fails.
     """
     wanted = config.model.attention
-    if wanted not in ("auto", "flat"):
-        return {"flat_rows": False, "head_path": "chunked"}
+    exact = False
+    if wanted in ("auto", "flat"):
+        exact, reason = _flat_rows_serve(trainee, device)
+        if not exact and wanted == "flat":
+            raise DeviceError(f"model.attention: flat rows change this model ({reason}). Use auto or padded.")
+        if not exact:
+            say(f"flat rows change this model ({reason}): training on padded batches grouped by length")
+            trainee.causal.set_attn_implementation(_padded_attention(config))
+    # A router's extra loss is part of the model's own forward pass alone.
+    routed = bool(getattr(trainee.causal.config.get_text_config(), "output_router_logits", False))
+    own_head = routed or not head_is_exact(trainee, device)
+    if own_head:
+        say("this model's loss is more than a matrix product and a cross entropy: its own forward pass is used")
+    return {"flat_rows": exact, "head_path": "model" if own_head else "chunked"}
+
+
+def _flat_rows_serve(trainee: Trainee, device: torch.device) -> tuple[bool, str]:
     try:
         verdict = compare(trainee, device)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         # A model whose layers refuse flat rows: linear attention, convolutions, encoders.
-        verdict, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        reason = f"logits differ by {verdict.logits:.1e}, gradients by {verdict.gradients:.1e}"
-    exact = verdict is not None and verdict.flat_is_exact
-    if not exact:
-        if wanted == "flat":
-            raise DeviceError(f"model.attention: flat rows change this model ({reason}). Use auto or padded.")
-        say(f"flat rows change this model ({reason}): training on padded batches grouped by length")
-        trainee.causal.set_attn_implementation(_padded_attention(config))
-    head = "chunked" if verdict is not None and verdict.head_is_exact else "model"
-    if head == "model":
-        say("this model's head does more than a matrix product: its own logits are used")
-    return {"flat_rows": exact, "head_path": head}
+        return False, f"{type(error).__name__}: {error}".splitlines()[0]
+    return verdict.flat_is_exact, f"logits differ by {verdict.logits:.1e}, gradients by {verdict.gradients:.1e}"
 
 
 def wants_checkpointing(config: Config, parameters: int, tokens: int, device: torch.device) -> bool:
@@ -265,7 +269,7 @@ def wants_checkpointing(config: Config, parameters: int, tokens: int, device: to
     states = 12 * parameters if config.model.tuning == "full" else 0
     # about 34 bytes a hidden unit and layer in 16 bit (Korthikanti et al., arXiv:2205.05198, without attention maps)
     activations = 34 * tokens * (parameters / 12) ** 0.5 * 8
-    return states + activations > 0.8 * free
+    return bool(states + activations > 0.8 * free)
 
 
 def warm_up(job: Job) -> None:

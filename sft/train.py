@@ -22,6 +22,7 @@ from sft.data.collate import to_device
 from sft.distributed import sum_over_ranks, wait_for_all
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
 from sft.finish import finish
+from sft.model import resolve_precision
 from sft.optim import set_learning_rate
 from sft.resume import RunState, digest_of
 from sft.runfolder import RunFolder
@@ -71,9 +72,7 @@ def _train(
     with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
         bundle, data = prepare_data(loaded, say_early, pinned_date=date)
     plan = make_plan(config, data)
-    accelerator = setup.make_accelerator(
-        config, folder.path, setup.resolve_precision(config.model.precision, _device_type())
-    )
+    accelerator = setup.make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
     rank, is_first = accelerator.process_index, accelerator.is_main_process
     identity = run_fingerprint(config, data, bundle, plan.total_steps)
     check_ranks_agree(rank, {"config": identity, "versions": setup.versions()})

@@ -38,7 +38,7 @@ class Trainee(nn.Module):
         self.autocast = autocast
         self.head_path: HeadPath = "chunked"
         self.neftune_alpha = neftune_alpha
-        self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self.transform = logit_transform(self.causal.config.get_text_config())
         # A hook, so that models which scale their embeddings or read ids twice keep doing so.
         self.causal.get_input_embeddings().register_forward_hook(self._on_embeddings)

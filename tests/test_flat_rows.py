@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sft import attention
 from sft.data.collate import count_targets, flat, padded
-from sft.isolation import compare
+from sft.isolation import compare, head_is_exact
 from sft.trainee import Trainee, loss_sum
 from sft.types import Example
 
@@ -68,7 +68,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 def test_current_models_prove_exact(kind: str, changes: dict[str, Any]) -> None:
     verdict = compare(trainee(kind, **changes), CPU)
     assert verdict.flat_is_exact, verdict
-    assert verdict.head_is_exact, verdict
+    assert head_is_exact(trainee(kind, **changes), CPU)
 
 
 def test_flat_row_equals_examples_one_by_one_and_padded() -> None:
@@ -146,7 +146,7 @@ def test_control_an_ignored_window_is_caught() -> None:
 def test_control_a_head_that_scales_in_secret_is_caught() -> None:
     model = trainee("granite", logits_scaling=4.0)
     model.transform = type(model.transform)()
-    assert not compare(model, CPU).head_is_exact
+    assert not head_is_exact(model, CPU)
 
 
 def test_the_comparison_leaves_no_trace() -> None:
