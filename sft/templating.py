@@ -76,9 +76,9 @@ class ChatTemplate:
 
         template = self.with_tools if tools else self.text
         try:
-            texts, _ = render_jinja_template(
-                conversations=conversations,
-                tools=list(tools) or None,
+            rendered: Any = render_jinja_template(
+                conversations=[list(map(dict, messages)) for messages in conversations],
+                tools=list(map(dict, tools)) or None,
                 chat_template=template,
                 add_generation_prompt=generation_prompt,
                 **self.variables,
@@ -87,10 +87,11 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything: it is a program
             raise TemplateError(describe(error)) from error
+        texts: list[str] = rendered[0]
         for text in texts:
             if len(text) > MAX_CHARACTERS:
                 raise TemplateError(f"the template renders {len(text)} characters, more than {MAX_CHARACTERS} allowed")
-        return list(texts)
+        return texts
 
 
 def describe(error: Exception) -> str:

@@ -153,7 +153,8 @@ def chat_template(
     """What renders conversations: template texts with the clock pinned, special tokens and the user's arguments."""
     now = datetime.fromisoformat(pinned_date) if pinned_date else datetime.now()
     texts = []
-    for tools in (None, [{}]):
+    choices: tuple[list[dict[str, Any]] | None, ...] = (None, [{}])
+    for tools in choices:
         text = tokenizer.get_chat_template(tools=tools)
         parse(text)
         texts.append(pin_clock(text, now))
@@ -203,7 +204,7 @@ def serving_stops(folder_or_id: str, revision: str | None, tokenizer: Any) -> tu
 
 
 def read_settings(folder_or_id: str, revision: str | None, filename: str) -> dict[str, Any] | None:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(
         folder_or_id,
@@ -238,16 +239,21 @@ def find_stop(
         if chosen:
             start, stop = chosen[0]
             if stop not in serving:
-                notes.append(f"{tokenizer.convert_ids_to_tokens(stop)} ends a turn of the template, but the model's "
-                             "generation settings do not stop at it yet; the trained model's will")  # fmt: skip
+                notes.append(
+                    f"{tokenizer.convert_ids_to_tokens(stop)} ends a turn of the template, but the model's "
+                    "generation settings do not stop at it yet; the trained model's will"
+                )
             return stop, True, text[:start]
     if not serving:
         raise TemplateError(
             "the chat template does not close an answer with a token, and the model's generation settings name no "
             "eos_token_id: nothing could be trained to stop. Set data.template: chatml, or set eos_token."
         )
-    notes.append(f"the template does not close an answer with a token of its own: {tokenizer.convert_ids_to_tokens(serving[0])}, "
-                 "the end-of-turn token of the model's generation settings, is trained after each answer")  # fmt: skip
+    notes.append(
+        "the template does not close an answer with a token of its own: "
+        f"{tokenizer.convert_ids_to_tokens(serving[0])}, the end-of-turn token of the model's generation settings, "
+        "is trained after each answer"
+    )
     return serving[0], False, alone if not alone.strip() else ""
 
 

@@ -1,0 +1,142 @@
+"""Control tokens that a message merely spells, and the token ids of text that must not become one.
+
+A spelled control token is wrapped in two private characters before rendering (`mark`), survives the template, and is
+encoded as ordinary characters afterwards (`encode_marked`). The pieces around it are encoded as transformers' own
+`apply_chat_template(sanitize_control_tokens=True)` encodes them, so that training and sanitised serving agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft.errors import DataError
+
+OPEN, CLOSE = "\U000f5f7c", "\U000f5f7d"  # private use, plane 15: in no tokenizer and no sane text
+HTML = re.compile(r"</?(?:h[1-6]|table|caption|thead|tbody|tfoot|t[rhd]|blockquote|strong|em|[biusp]|sub|sup|code|"
+                  r"ul|ol|li|a|br|hr|div|span|img|pre)/?>")  # fmt: skip
+
+
+def spelled_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest first, as tokenizers do."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """Which strings are control tokens of a tokenizer, and which of them an assistant message may hold as markup."""
+
+    everywhere: re.Pattern[str]
+    in_answers: re.Pattern[str]
+    marked: re.Pattern[str]
+
+    def mark(self, value: Any, *, answer: bool) -> Any:
+        """`value` (a string, or lists and dicts of them) with every spelled control token wrapped."""
+        pattern = self.in_answers if answer else self.everywhere
+        if isinstance(value, str):
+            if OPEN in value or CLOSE in value:
+                raise DataError("the text holds the private characters U+F5F7C or U+F5F7D, which mark control tokens")
+            return pattern.sub(f"{OPEN}\\g<0>{CLOSE}", value)
+        if isinstance(value, dict):
+            return {key: self.mark(item, answer=answer) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.mark(item, answer=answer) for item in value]
+        return value
+
+    def spelled(self, value: Any, *, answer: bool) -> list[str]:
+        """The control tokens that the strings in `value` spell."""
+        pattern = self.in_answers if answer else self.everywhere
+        if isinstance(value, str):
+            return pattern.findall(value)
+        if isinstance(value, dict):
+            value = value.values()
+        elif not isinstance(value, (list, tuple)):
+            return []
+        return [token for item in value for token in self.spelled(item, answer=answer)]
+
+
+def control_tokens(tokenizer: Any, written: str, read: str, stop_ids: Sequence[int]) -> ControlTokens:
+    """Special tokens, and other added tokens that look like markup rather than like blanks or HTML.
+
+    `written` is the literal text of the template, `read` the part of it by which it looks into messages.
+    In an assistant message those are excepted by which the template looks into messages (`'</think>' in content`),
+    with their counterparts, unless serving stops at them.
+    """
+    added = tokenizer.added_tokens_decoder
+    control = [
+        token.content
+        for token in added.values()
+        if token.content.strip("\u2581 \t\r\n") and (
+            token.special or token.content in written or not HTML.fullmatch(token.content)
+        )
+    ]  # fmt: skip
+    stops = {tokenizer.convert_ids_to_tokens(i) for i in stop_ids}
+    excepted = {
+        token for token in control
+        if token not in stops and (token in read or counterpart(token) in read)
+    }  # fmt: skip
+    every = spelled_pattern(control)
+    return ControlTokens(
+        every,
+        spelled_pattern([token for token in control if token not in excepted]),
+        re.compile(f"{OPEN}({every.pattern}){CLOSE}|[{OPEN}{CLOSE}]"),
+    )
+
+
+def counterpart(token: str) -> str:
+    """`</think>` for `<think>` and the other way round."""
+    return token.replace("</", "<", 1) if token.startswith("</") else token.replace("<", "</", 1)
+
+
+def unmark(text: str) -> str:
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def encode_marked(tokenizer: Any, control: ControlTokens, text: str) -> list[int]:
+    """Ids of a text with marks: what is marked as ordinary characters, the rest as always.
+
+    A template's string methods may part two marks; a lone one is dropped, and still breaks the text there.
+    Raises DataError where the tokenizer has no other way to write a marked token.
+    """
+    pieces = control.marked.split(text)
+    ids = encode(tokenizer, pieces[0])
+    for index, piece in enumerate(pieces[1:], start=1):
+        if piece:
+            ids += as_characters(tokenizer, piece) if index % 2 else encode_after(tokenizer, piece)
+    return ids
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, nothing added at its ends: what `apply_chat_template` makes of a rendered text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_after(tokenizer: Any, text: str, split: bool = False) -> list[int]:
+    """Ids of a text that stands in the middle of another: no blank is put before it, as some tokenizers do at a start.
+
+    A newline goes first and its ids are taken off again.
+    """
+    arguments = {"split_special_tokens": True} if split else {}
+    newline = encode(tokenizer, "\n")
+    ids: list[int] = tokenizer("\n" + text, add_special_tokens=False, **arguments)["input_ids"]
+    if ids[: len(newline)] == newline:
+        return ids[len(newline) :]
+    ids = tokenizer(text, add_special_tokens=False, **arguments)["input_ids"]
+    return ids
+
+
+def as_characters(tokenizer: Any, token: str) -> list[int]:
+    """Ids that spell a control token without being one.
+
+    `split_special_tokens` is not enough: it still emits added tokens that are not special. Cutting the token is.
+    """
+    own = tokenizer.convert_tokens_to_ids(token)
+    ids = encode_after(tokenizer, token, split=True)
+    if own in ids:
+        ids = encode_after(tokenizer, token[:1], split=True) + encode_after(tokenizer, token[1:], split=True)
+    if own in ids:
+        raise DataError(f"the text spells {token!r}, and the tokenizer can write that only as the control token")
+    return ids

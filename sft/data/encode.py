@@ -1,0 +1,428 @@
+"""The one composition: a sample → rendered, proven, tokenised, weighted, cut to length: examples, or why not.
+
+Two ways lead from a conversation to examples. Where the ids of every served prompt are a prefix of the ids of the
+whole conversation, and what follows is what serving would see answered, one sequence trains all turns. Else each
+trained turn becomes an example of its own: the ids of the served prompt, then the answer, tokenised apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sft.data.align import Aligner
+from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_marked, unmark
+from sft.data.masking import message_weights, token_weights
+from sft.data.passage import passage_ids
+from sft.data.proof import AnswerCheck, Decoder, Refusal, same_text, shown
+from sft.data.render import Dicts, Renderer, Turn, message_dicts
+from sft.errors import DataError, TemplateError
+from sft.templating import RENDER_SECONDS, deadline, literals, read_markup
+from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
+from sft.types import Conversation, Example, Message, Note, Passage, Rendered, Sample, Span
+
+if TYPE_CHECKING:
+    from sft.tokenizer import TokenizerBundle
+
+VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the aligner on this tokenizer and template
+LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How samples become examples; the keys of `data` of the same names."""
+
+    train_on: str = "auto"
+    max_tokens: int = 2048
+    over_long: str = "drop"
+    control_tokens_in_text: str = "text"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples of one row, and what is to be said of it. No examples iff a note is `refused` or `dropped`."""
+
+    examples: tuple[Example, ...]
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sequence before the length rule, with the text that each of its spans must decode to."""
+
+    rendered: Rendered
+    texts: tuple[str, ...]
+
+
+@dataclass
+class Work:
+    """A conversation on its way."""
+
+    sample: Conversation
+    messages: Dicts
+    tools: Sequence[Mapping[str, Any]]
+    weights: tuple[float, ...]
+    trained: tuple[int, ...]
+    whole: str
+    marked: bool
+    spelled: dict[str, int]
+    ids: list[int] = field(default_factory=list)
+
+
+class Encoder:
+    """Encodes samples with one tokenizer and one set of settings. Never raises for a row."""
+
+    def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings) -> None:
+        if bundle.chat is None:
+            raise TemplateError("there is no chat template: set data.template")
+        self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
+        chat = bundle.chat
+        self.stops = frozenset(bundle.stop_ids)
+        text = chat.text + chat.with_tools
+        self.control = control_tokens(self.tokenizer, literals(chat.text), read_markup(text), bundle.stop_ids)
+        self.renderer = Renderer(chat, self.answer_check())
+        self.aligner = Aligner(self.tokenizer)
+        self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0])
+        self.unverified = VERIFIED_ROWS
+
+    def answer_check(self) -> AnswerCheck:
+        """What a small conversation tells about the template: its headers, whether it knows generation prompts."""
+        chat, stops = self.bundle.chat, self.tokenizer.convert_ids_to_tokens(list(self.bundle.stop_ids))
+        assert chat is not None
+        with deadline(RENDER_SECONDS, "the chat template"):
+            _, followed = probe(chat)
+            question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
+            prompted, plain = True, ""
+            try:
+                plain = chat.render([question], generation_prompt=False)[0]
+                prompted = chat.render([question], generation_prompt=True)[0] != plain
+            except TemplateError:
+                pass  # a template that wants a system message first; each row checks its own turns
+        between = followed[followed.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].partition(PROBE_NEXT)[0]
+        for stop in stops:
+            between = between.rpartition(stop)[2]
+        header = between.strip()
+        return AnswerCheck(
+            stops, self.control.everywhere, closes=self.bundle.closes, tail=self.bundle.tail,
+            headers=[header] if self.control.everywhere.search(header) else [],
+            prompted=prompted, allow=self.settings.control_tokens_in_text == "allow",
+        )  # fmt: skip
+
+    def encode(self, sample: Sample) -> Encoded:
+        return self.encode_many([sample])[0]
+
+    def encode_many(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """The same as `encode` of each, tokenised and decoded in batches."""
+        results: list[Encoded | None] = [None] * len(samples)
+        works: dict[int, Work] = {}
+        pieces: dict[int, list[Piece]] = {}
+        notes: dict[int, list[Note]] = {}
+        for i, sample in enumerate(samples):
+            try:
+                if isinstance(sample, Passage):
+                    results[i] = self.encode_passage(sample)
+                else:
+                    works[i] = self.open(sample)
+            except Refusal as refusal:
+                results[i] = refused(sample.source, refusal)
+        self.tokenize([work for work in works.values() if not work.marked])
+        for i, work in works.items():
+            try:
+                notes[i] = self.altered(work)
+                with deadline(RENDER_SECONDS, "the chat template"):
+                    pieces[i] = self.pieces(work, notes[i])
+            except TooLong as longer:
+                results[i] = too_long(work.sample.source, longer.tokens, self.settings)
+            except Refusal as refusal:
+                results[i] = refused(work.sample.source, refusal)
+            except TemplateError as error:
+                results[i] = refused(work.sample.source, Refusal("template", str(error)))
+        faults = self.disproved([piece for row in pieces.values() for piece in row])
+        for i, row in pieces.items():
+            fault = next((fault for piece in row if (fault := faults.get(id(piece)))), None)
+            work = works[i]
+            results[i] = (
+                refused(work.sample.source, fault) if fault else self.close(work, row, notes[i])
+            )
+        return [result for result in results if result is not None]
+
+    def encode_passage(self, sample: Passage) -> Encoded:
+        """A row without a template. Raises Refusal."""
+        settings, end = self.settings, self.bundle.end_of_text
+        assert end is not None
+        found = passage_ids(sample, self.tokenizer, self.control, mode=settings.control_tokens_in_text,
+                            policy=settings.train_on, end_of_text=end)  # fmt: skip
+        decoded = self.decoder([found.ids[found.start :]])[0]
+        if not same_text(self.tokenizer, decoded, found.text):
+            raise Refusal("unprovable", f"expected the trained tokens to decode to {shown(found.text)}, found "
+                                        f"{shown(decoded)}. The tokenizer does not give this text back.")  # fmt: skip
+        notes = [spelled_note(sample.source, found.spelled)] if found.spelled else []
+        length, limit = len(found.ids), settings.max_tokens
+        if length > limit and (settings.over_long != "truncate" or found.start >= limit):
+            return too_long(sample.source, length, settings)
+        if length > limit:
+            notes.append(cut_note(sample.source, length, limit))
+        weights_T = np.zeros(length, dtype=np.float32)
+        weights_T[found.start :] = 1
+        ids_T = np.asarray(found.ids, dtype=np.int32)
+        return Encoded((Example(ids_T[:limit], weights_T[:limit], sample.source),), tuple(notes))
+
+    # -- text
+
+    def open(self, sample: Conversation) -> Work:
+        """Render the whole conversation, with the control tokens that its messages spell marked."""
+        weights = message_weights(self.settings.train_on, sample.messages)
+        trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
+        messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
+        spelled: dict[str, int] = {}
+        mode = self.settings.control_tokens_in_text
+        if mode != "allow":
+            for value, answer in [*((m, m["role"] == "assistant") for m in messages), *((t, False) for t in tools)]:
+                for token in self.control.spelled(value, answer=answer):
+                    spelled[token] = spelled.get(token, 0) + 1
+        if spelled:
+            if mode == "error":
+                raise Refusal(
+                    "control_tokens",
+                    f"the text spells control tokens: {listed(spelled)}. "
+                    "Set data.control_tokens_in_text: text to read them as ordinary characters.",
+                )
+            try:
+                messages = [self.control.mark(m, answer=m["role"] == "assistant") for m in messages]
+                tools = [self.control.mark(t, answer=False) for t in tools]
+            except DataError as error:
+                raise Refusal("control_tokens", str(error)) from error
+        try:
+            with deadline(RENDER_SECONDS, "the chat template"):
+                whole = self.renderer.whole(messages, tools)
+        except TemplateError as error:
+            raise Refusal("template", str(error)) from error
+        return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
+
+    def altered(self, work: Work) -> list[Note]:
+        """Says what the row became other than it was written, and tokenises a marked row."""
+        notes = []
+        if work.marked:
+            work.ids = self.ids(work.whole)
+            notes.append(spelled_note(work.sample.source, work.spelled))
+        return notes
+
+    # -- ids
+
+    def tokenize(self, works: Sequence[Work]) -> None:
+        """Ids of whole conversations, in one call."""
+        if works:
+            texts = [work.whole for work in works]
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+            for work, ids in zip(works, encoded["input_ids"], strict=True):
+                work.ids = ids
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a rendered text, marked or not. Raises Refusal."""
+        if OPEN not in text:
+            return encode(self.tokenizer, text)
+        try:
+            return encode_marked(self.tokenizer, self.control, text)
+        except DataError as error:
+            raise Refusal("control_tokens", str(error)) from error
+
+    def pieces(self, work: Work, notes: list[Note]) -> list[Piece]:
+        """The sequences that train this conversation. Raises Refusal."""
+        limit, settings = self.settings.max_tokens, self.settings
+        if settings.train_on == "all":
+            return self.whole_piece(work)
+        if len(work.ids) > limit and len(work.trained) > LONG_CHAT and settings.over_long != "truncate":
+            last = next(self.renderer.turns(work.messages, work.tools, work.trained[-1:], work.whole))
+            if len(piece := self.apart(work, last).rendered.input_ids) > limit:
+                raise TooLong(len(piece))
+        turns: list[Turn] = []
+        spans: list[Span] | None = []
+        cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
+        for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.whole):
+            turns.append(turn)
+            if spans is not None:
+                span = self.span(work, turn, cuts)
+                spans = None if span is None else [*spans, span]
+            start = spans[-1].start if spans else len(self.ids(turn.prompt)) if len(turns) % 64 == 0 else 0
+            if settings.over_long == "truncate" and start >= limit:
+                break  # later prompts hold more messages still
+        if spans is not None:
+            texts = tuple(unmark(turn.answer) for turn in turns)
+            return [Piece(Rendered(tuple(work.ids), tuple(spans)), texts)]
+        return [self.apart(work, turn) for turn in turns]
+
+    def span(self, work: Work, turn: Turn, cuts: Any) -> Span | None:
+        """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""
+        if not turn.closed or not work.whole.startswith(turn.answer, len(turn.prompt)):
+            return None
+        if not work.whole.startswith(turn.prompt):
+            return None
+        if work.marked:
+            prompt = self.ids(turn.prompt)
+            start = len(prompt) if work.ids[: len(prompt)] == prompt else None
+        else:
+            start = self.aligner.prefix_length(turn.prompt, work.ids, cuts)
+            if self.unverified and cuts is not None:
+                self.verify(turn, work, start)
+        if start is None:
+            return None
+        stops, number = self.stops, self.renderer.check.count_stops(turn.answer)
+        for place in range(start, len(work.ids)):
+            if work.ids[place] in stops:
+                number -= 1
+                if not number:
+                    return Span(turn.message, start, place + 1)
+        return None
+
+    def verify(self, turn: Turn, work: Work, start: int | None) -> None:
+        """Encode a prompt for real and trust the aligner no longer where that says otherwise."""
+        self.unverified -= 1
+        own = encode(self.tokenizer, turn.prompt)
+        if (start is not None and work.ids[:start] != own) or (start is None and work.ids[: len(own)] == own):
+            self.aligner.trusted = False
+
+    def apart(self, work: Work, turn: Turn) -> Piece:
+        """The served prompt's ids, then the answer, tokenised as it stands behind them. Raises Refusal."""
+        prompt = self.ids(turn.prompt)
+        text = unmark(turn.answer)
+        answer = self.answer_ids(turn)
+        if not turn.closed:
+            stop = self.bundle.stop_ids[0]
+            answer, text = [*answer, stop], text + self.tokenizer.convert_ids_to_tokens(stop)
+        span = Span(turn.message, len(prompt), len(prompt) + len(answer))
+        return Piece(Rendered((*prompt, *answer), (span,)), (text,))
+
+    def answer_ids(self, turn: Turn) -> list[int]:
+        """Ids of an answer that decode back to it: as it follows a token, else as it stands alone."""
+        if OPEN in turn.answer:
+            return self.ids("\n" + turn.answer)[len(encode(self.tokenizer, "\n")) :]
+        text = unmark(turn.answer)
+        behind = encode_after(self.tokenizer, turn.answer)
+        return behind if self.decoder([behind])[0] == text else encode(self.tokenizer, turn.answer)
+
+    def whole_piece(self, work: Work) -> list[Piece]:
+        """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
+        spans, texts = [], []
+        plain = all(weight == 1.0 for weight in work.weights)
+        if not plain:
+            raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
+        ids, text = list(work.ids), unmark(work.whole)
+        if not self.stops.intersection(ids[-8:]):
+            ids.append(self.bundle.stop_ids[0])
+            text += self.tokenizer.convert_ids_to_tokens(self.bundle.stop_ids[0])
+        spans.append(Span(0, 0, len(ids)))
+        texts.append(text)
+        return [Piece(Rendered(tuple(ids), tuple(spans)), tuple(texts))]
+
+    # -- proof and length
+
+    def disproved(self, pieces: Sequence[Piece]) -> dict[int, Refusal]:
+        """By the id() of a piece, why its spans are not what they claim. Decodes all spans in one call."""
+        spans = [
+            (piece, span, text)
+            for piece in pieces
+            for span, text in zip(piece.rendered.spans, piece.texts, strict=True)
+        ]
+        decoded = self.decoder([piece.rendered.input_ids[span.start : span.end] for piece, span, _ in spans])
+        faults: dict[int, Refusal] = {}
+        for (piece, span, expected), found in zip(spans, decoded, strict=True):
+            fault = self.fault(piece.rendered, span, expected, found)
+            if fault is not None:
+                faults.setdefault(id(piece), fault)
+        return faults
+
+    def fault(self, rendered: Rendered, span: Span, expected: str, found: str) -> Refusal | None:
+        """What is wrong with one span."""
+        if self.settings.train_on != "all" and rendered.input_ids[span.end - 1] not in self.stops:
+            last = self.tokenizer.convert_ids_to_tokens(rendered.input_ids[span.end - 1])
+            return Refusal(
+                "no_stop",
+                f"message {span.message}: expected the trained span to end with a stop token, found {last!r}. "
+                "Check that the template's end of turn is one token of the tokenizer.",
+            )
+        if found == expected or same_text(self.tokenizer, found, expected):
+            return None
+        return Refusal(
+            "unprovable",
+            f"message {span.message}: expected the trained tokens to decode to {shown(expected)}, found "
+            f"{shown(found)}. The tokenizer does not give this text back.",
+        )
+
+    def close(self, work: Work, pieces: Sequence[Piece], notes: list[Note]) -> Encoded:
+        """Weights and the length rule."""
+        source, limit = work.sample.source, self.settings.max_tokens
+        longest = max(len(piece.rendered.input_ids) for piece in pieces)
+        if longest > limit and self.settings.over_long != "truncate" and self.over_by_trained(pieces):
+            return too_long(source, longest, self.settings)
+        examples, cut = [], 0
+        for number, piece in enumerate(pieces):
+            weights_T = (
+                np.ones(len(piece.rendered.input_ids), dtype=np.float32)
+                if self.settings.train_on == "all"
+                else token_weights(piece.rendered, work.weights)
+            )
+            ids_T = np.asarray(piece.rendered.input_ids, dtype=np.int32)
+            cut += int(np.count_nonzero(weights_T[limit:]) > 0)
+            if np.count_nonzero(weights_T[:limit]):
+                name = source if len(pieces) == 1 else f"{source}#{number}"
+                examples.append(Example(ids_T[:limit], weights_T[:limit], name))
+        if not examples:
+            return too_long(source, longest, self.settings)
+        if cut:
+            notes = [*notes, cut_note(source, longest, limit)]
+        return Encoded(tuple(examples), tuple(notes))
+
+    def over_by_trained(self, pieces: Sequence[Piece]) -> bool:
+        """Whether a trained token lies beyond the limit; context behind the last trained turn is no loss."""
+        return any(piece.rendered.spans[-1].end > self.settings.max_tokens for piece in pieces)
+
+
+class TooLong(Refusal):
+    def __init__(self, tokens: int) -> None:
+        super().__init__("over_long", str(tokens))
+        self.tokens = tokens
+
+
+def trained_turns(messages: Sequence[Message], weights: Sequence[float]) -> tuple[int, ...]:
+    """Indices of the assistant messages to train. Raises Refusal where nothing or somebody else's words would be."""
+    for i, message in enumerate(messages):
+        if message.train and message.role != "assistant":
+            raise Refusal(
+                "not_trainable",
+                f"message {i} ({message.role}) says train: true, but only assistant turns are trained.",
+            )
+    trained = tuple(i for i, weight in enumerate(weights) if weight > 0 and messages[i].role == "assistant")
+    if not trained:
+        raise Refusal("nothing_trained", "no assistant message is trained: none is there, or train: false or weight: 0")
+    return trained
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} ({count})" for token, count in counts.items())
+
+
+def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
+    return Note(source, "altered", "control_tokens", f"encoded as ordinary characters: {listed(spelled)}")
+
+
+def cut_note(source: str, tokens: int, limit: int) -> Note:
+    what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
+    return Note(source, "cut", "over_long", what)
+
+
+def refused(source: str, refusal: Refusal) -> Encoded:
+    return Encoded((), (Note(source, "refused", refusal.reason, str(refusal)),))
+
+
+def too_long(source: str, tokens: int, settings: EncodeSettings) -> Encoded:
+    """A row beyond max_tokens: dropped, or refused under over_long: error."""
+    detail = f"{tokens} tokens, more than data.max_tokens: {settings.max_tokens}"
+    if settings.over_long == "truncate":
+        detail += ", and no trained token would remain"
+    if settings.over_long == "error":
+        return Encoded((), (Note(source, "refused", "over_long", detail),))
+    return Encoded((), (Note(source, "dropped", "over_long", detail),))

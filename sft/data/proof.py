@@ -1,0 +1,198 @@
+"""The proof that a trained span is the message it claims to be.
+
+Two halves. `check_answer` looks at text: is what the template renders for a turn this message, all of it, closed by
+the token at which serving stops, and nobody else's words? `Decoder` and `same_text` look at ids: do they decode back
+to exactly that text? Everything raises Refusal with a countable reason and a sentence with what was expected, what was
+found and the cure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft.errors import SftError
+
+SHOWN = 80
+TELLING = 8  # characters from which a message found in another's turn is no coincidence
+
+
+class Refusal(SftError):
+    """A row that cannot be trained as it is. `reason` is short and countable."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def shown(text: str) -> str:
+    """A text for a message: quoted, its middle cut out."""
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}")
+
+
+class Decoder:
+    """Ids to text, spans in batches, nothing skipped, no blank eaten at the front."""
+
+    def __init__(self, tokenizer: Any, anchor: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        plain = self.backend is not None and type(self.backend.decoder).__name__ in ("ByteLevel", "Fuse")
+        self.anchor = [] if plain or anchor is None else [anchor]
+        self.front = self.decode([self.anchor])[0] if self.anchor else ""
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        if self.backend is not None:
+            return list(self.backend.decode_batch([list(s) for s in sequences], skip_special_tokens=False))
+        return [
+            self.tokenizer.decode(
+                s, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+            )
+            for s in sequences
+        ]
+
+    def __call__(self, spans: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each span. Decoders that strip a blank at the start see a token before it, taken off again."""
+        if not self.anchor:
+            return self.decode(spans)
+        texts = self.decode([self.anchor + list(span) for span in spans])
+        return [text[len(self.front) :] if text.startswith(self.front) else text for text in texts]
+
+
+def same_text(tokenizer: Any, decoded: str, expected: str) -> bool:
+    """Whether ids decode to a text, as the tokenizer sees texts: normalised (NFC…), unknown characters one token."""
+    if decoded == expected:
+        return True
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is not None and normalizer.normalize_str(decoded) == normalizer.normalize_str(expected):
+        return True
+    unknown = tokenizer.unk_token
+    if not unknown or unknown not in decoded:
+        return False
+    known = ".+?".join(re.escape(piece) for piece in re.split(f"(?:{re.escape(unknown)})+", decoded))
+    return re.fullmatch(known, expected, re.DOTALL) is not None
+
+
+def pieces_of(message: Mapping[str, Any]) -> list[str]:
+    """What a rendered turn must hold: the content, behind any reasoning that stands in it, and the tools called."""
+    content = message.get("content") or ""
+    wanted = [content.strip()] if isinstance(content, str) else []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        wanted += [name] if isinstance(name, str) else []
+    return [piece for piece in wanted if piece]
+
+
+def missing_piece(message: Mapping[str, Any], text: str) -> str | None:
+    """The first piece of a message that a text lacks."""
+    for piece in pieces_of(message):
+        if piece in text:
+            continue
+        behind = piece.rsplit("</think>", 1)[-1].strip()
+        if "</think>" in piece and behind in text:
+            continue  # the template takes reasoning out of the content, or sets it anew
+        return piece
+    return None
+
+
+class AnswerCheck:
+    """Cuts a rendered turn at its stop token and checks that it is the message."""
+
+    def __init__(
+        self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
+        prompted: bool, allow: bool,
+    ) -> None:  # fmt: skip
+        self.stop = re.compile("|".join(f"(?<!\U000f5f7c){re.escape(s)}" for s in sorted(stops, key=len, reverse=True)))
+        self.control = control
+        self.closes, self.tail, self.headers = closes, tail, tuple(headers)
+        self.prompted = prompted
+        self.allow = allow
+
+    def cut(self, messages: Sequence[Mapping[str, Any]], index: int, rendered: str) -> tuple[str, bool]:
+        """(The turn through its stop token, whether the template wrote one). Raises Refusal."""
+        message = messages[index]
+        absent = missing_piece(message, rendered)
+        if absent is not None:
+            called = absent != (message.get("content") or "").strip()
+            raise Refusal(
+                "tool_calls_not_rendered" if called else "not_the_message",
+                f"expected {shown(absent)} in the turn, the template renders {shown(rendered)}. "
+                + ("Choose a template that knows tool calls." if called else "The template changes or drops content."),
+            )
+        body, closing = self.at_stop(message, rendered)
+        self.check_own_words(messages, index, body)
+        if closing:
+            return body + closing, True
+        return body, False
+
+    def at_stop(self, message: Mapping[str, Any], rendered: str) -> tuple[str, str]:
+        """(What comes before the stop token, the stop token or an empty string)."""
+        first = True
+        for match in self.stop.finditer(rendered):
+            body = rendered[: match.start()]
+            if missing_piece(message, body) is None:
+                return body, match.group()
+            if first and not self.allow:
+                raise Refusal(
+                    "stops_within",
+                    f"serving would stop at {match.group()} before the turn is over: {shown(rendered)}. "
+                    "Check the eos_token_id of the model's generation settings against the template.",
+                )
+            first = False
+        if self.closes:
+            raise Refusal(
+                "no_stop",
+                f"expected the turn to end with a token at which serving stops, found {shown(rendered[-SHOWN:])}. "
+                "The template closes other answers; check its branches for this kind of message.",
+            )
+        return self.to_content_end(message, rendered), ""
+
+    def count_stops(self, answer: str) -> int:
+        """Stop tokens that the template wrote into an answer: one, or more where control tokens are allowed."""
+        return sum(1 for _ in self.stop.finditer(answer))
+
+    @staticmethod
+    def to_content_end(message: Mapping[str, Any], rendered: str) -> str:
+        """Without the blanks with which a template parts an unclosed answer from what follows."""
+        content = message.get("content") or ""
+        end = rendered.rfind(content) + len(content)
+        return rendered.rstrip() if not content or end < len(content) or rendered[end:].strip() else rendered[:end]
+
+    def check_own_words(self, messages: Sequence[Mapping[str, Any]], index: int, body: str) -> None:
+        """No header, no other message's words before or behind the content."""
+        message = messages[index]
+        for header in self.headers:
+            if header in body:
+                raise Refusal("header_trained", f"the turn holds another role's header {shown(header)}: {shown(body)}")
+        content = (message.get("content") or "").strip()
+        start = body.rfind(content) if content else -1
+        if start < 0 and "</think>" in content:
+            content = content.rsplit("</think>", 1)[-1].strip()
+            start = body.rfind(content)
+        before, behind = (body[:start], body[start + len(content) :]) if start >= 0 else (body, "")
+        if not self.prompted and self.control.search(before):
+            raise Refusal(
+                "no_generation_prompt",
+                f"the template ignores add_generation_prompt, so that {shown(before)} would be trained as if the model "
+                "had to write its own header. Add `{% if add_generation_prompt %}` to the template.",
+            )
+        if message.get("tool_calls"):
+            return
+        left = self.control.sub("", behind).strip()
+        if left and left != self.control.sub("", self.tail).strip():
+            raise Refusal(
+                "more_than_message",
+                f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first.",
+            )
+        before = self.control.sub("", before).strip()
+        if len(before) < TELLING:
+            return
+        own = " ".join(v for v in message.values() if isinstance(v, str))
+        for other, text in enumerate(m.get("content") or "" for m in messages):
+            words = text.strip() if isinstance(text, str) else ""
+            if other != index and len(words) >= TELLING and words in before and words not in own:
+                raise Refusal(
+                    "other_message_trained",
+                    f"the words of message {other} ({messages[other].get('role')}) stand in the turn: {shown(before)}.",
+                )
