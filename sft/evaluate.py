@@ -74,10 +74,18 @@ def evaluate(
 
     The caller puts the model in `inference_mode_of`. Nothing is read back from the device before the end.
     """
-    total_6: Tensor | None = None
-    for batch in batches:
+
+    def score(batch: Batch) -> Tensor:
         features_MD, head = forward(batch)
-        sums_6 = score_hidden(features_MD, head, batch.targets_M, batch.weights_M, stop_ids, chunk=chunk)
+        return score_hidden(features_MD, head, batch.targets_M, batch.weights_M, stop_ids, chunk=chunk)
+
+    return add_up(map(score, batches), reduce=reduce)
+
+
+def add_up(scores: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] | None = None) -> EvalSums:
+    """The sum of what `score_hidden` said of each batch."""
+    total_6: Tensor | None = None
+    for sums_6 in scores:
         total_6 = sums_6 if total_6 is None else total_6 + sums_6
     if total_6 is None:
         total_6 = torch.zeros(6, dtype=torch.float64)

@@ -33,6 +33,7 @@ def model_card(
     environment: Mapping[str, str] | None = None,
     resolved: Mapping[str, Any] | None = None,
     license: str | None = None,
+    merged: bool = False,
 ) -> str:
     """Markdown with a YAML header for the hub.
 
@@ -40,11 +41,13 @@ def model_card(
     evaluations at step 0 and of the weights in this folder. `best`: the metric by which its checkpoint was chosen.
     `serving`: what `serving.describe` said. `samples`: answers of the last evaluation. `tokens` and `seconds` of
     training. `environment`: package versions. `resolved`: what `auto` became, by dotted key. `license`: only if known.
+    `merged`: the adapter has been folded into the base, so that the folder is a plain model.
     """
+    plain = merged or config["model"]["tuning"] == "full"
     sections = [
-        _header(config, data_report, license),
-        _opening(config),
-        _talk(config),
+        _header(config, data_report, license, plain=plain),
+        _opening(config, plain=plain),
+        _talk(config, plain=plain),
         _results(before, after, best, data_report),
         _samples(samples),
         _data(data_report),
@@ -68,13 +71,13 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and public_name(name) == name
 
 
-def _header(config: Mapping[str, Any], report: Mapping[str, Any], license: str | None) -> str:
+def _header(config: Mapping[str, Any], report: Mapping[str, Any], license: str | None, *, plain: bool) -> str:
     name, tuning = config["model"]["name"], config["model"]["tuning"]
     lines = ["---"]
     if is_hub_id(name):
         lines += [f"base_model: {name}"]
-        lines += [f"base_model_relation: {'finetune' if tuning == 'full' else 'adapter'}"]
-    lines += [f"library_name: {'transformers' if tuning == 'full' else 'peft'}", "pipeline_tag: text-generation"]
+        lines += [f"base_model_relation: {'finetune' if plain else 'adapter'}"]
+    lines += [f"library_name: {'transformers' if plain else 'peft'}", "pipeline_tag: text-generation"]
     if license:
         lines.append(f"license: {license}")
     datasets = [source["path"] for source in report.get("by_source", ()) if is_hub_id(str(source["path"]))]
@@ -84,16 +87,17 @@ def _header(config: Mapping[str, Any], report: Mapping[str, Any], license: str |
     return "\n".join([*lines, "tags:", *(f"  - {tag}" for tag in tags), "---"])
 
 
-def _opening(config: Mapping[str, Any]) -> str:
-    name, method = public_name(config["model"]["name"]), METHODS[config["model"]["tuning"]]
+def _opening(config: Mapping[str, Any], *, plain: bool) -> str:
+    name, tuning = public_name(config["model"]["name"]), config["model"]["tuning"]
     title = PurePath(str(config["run"].get("dir") or "model")).name
-    kind = "A" if config["model"]["tuning"] == "full" else "An adapter: a"
-    return f"# {title}\n\n{kind} {method} of **{name}**."
+    kind = "A" if plain else "An adapter: a"
+    folded = ", folded into the weights of its base" if plain and tuning != "full" else ""
+    return f"# {title}\n\n{kind} {METHODS[tuning]} of **{name}**{folded}."
 
 
-def _talk(config: Mapping[str, Any]) -> str:
+def _talk(config: Mapping[str, Any], *, plain: bool) -> str:
     arguments = "".join(f", {key}={value!r}" for key, value in (config["data"].get("template_args") or {}).items())
-    if config["model"]["tuning"] == "full":
+    if plain:
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
         load = 'model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")'
     else:

@@ -7,11 +7,13 @@ by itself at a token that the saved generation config names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sft.evaluate import inference_mode_of
 from sft.generate import complete
+from sft.templating import pin_clock
 
 SHOWN = 160  # characters of a text that a report carries
 
@@ -23,22 +25,25 @@ def check_serving(
     max_new_tokens: int = 256,
     model: Any = None,
     template_args: Mapping[str, Any] | None = None,
+    pinned_date: str | None = None,
 ) -> dict[str, Any]:
     """Checks `folder` on held-out samples and returns what came of it, as plain values.
 
     A sample holds `source`, `messages` and `tools` (or a string `prompt`), and the `prompt_ids` of training. `model`
     spares loading the weights a second time: tokenizer and generation config come from the folder in any case.
     `template_args` are what training gave to the template; a stranger has to give them too, so the result names them.
+    `pinned_date` is the ISO date that the run told to templates which read the clock.
 
     Keys: passed, checked, ids_equal, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
-    template_args, mismatches, excepted (prompts whose text spells a control token: a stranger's tokenizer turns that
-    text into the token, training did not), answers.
+    template_args, date (None unless the template reads the clock), mismatches, answers, excepted (prompts whose text
+    spells a control token: a stranger's tokenizer turns that text into the token, training did not).
     """
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     arguments = dict(template_args or {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    date = _pin_date(tokenizer, pinned_date)
     stop_ids = saved_stop_ids(folder)
     mismatches: list[dict[str, Any]] = []
     excepted: list[str] = []
@@ -61,6 +66,7 @@ def check_serving(
         "max_new_tokens": max_new_tokens,
         "weights": "folder" if model is None else "live",
         "template_args": arguments,
+        "date": date,
         "mismatches": mismatches,
         "excepted": excepted,
         "answers": answers,
@@ -75,6 +81,8 @@ def describe(result: Mapping[str, Any]) -> str:
     exact = f"{result['ids_equal']} of {checked} held-out prompts give the very token ids of training"
     if result["template_args"]:
         exact += " (with " + ", ".join(f"{k}={v!r}" for k, v in result["template_args"].items()) + ")"
+    if result["date"]:
+        exact += f" (the template reads the clock; asked as of {result['date']}, the day the run began)"
     if result["excepted"]:
         exact += f"; {len(result['excepted'])} spell a control token in their text, which a plain tokenizer obeys"
     if result["mismatches"]:
@@ -142,6 +150,19 @@ def load_as_stranger(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def _pin_date(tokenizer: Any, date: str | None) -> str | None:
+    """Tells the template the run's date, where it asks for one; the saved template itself stays as it is."""
+    template = tokenizer.chat_template
+    if date is None or "strftime_now" not in str(template):
+        return None
+    now = datetime.fromisoformat(date)
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: pin_clock(text, now) for name, text in template.items()}
+    else:
+        tokenizer.chat_template = pin_clock(template, now)
+    return now.date().isoformat()
 
 
 def _answers(

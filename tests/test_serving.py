@@ -91,6 +91,19 @@ def test_template_arguments_are_given_and_named(tmp_path: Path) -> None:
     assert "(with enable_thinking=False)" in describe(result)
 
 
+def test_a_template_that_reads_the_clock_is_asked_as_of_the_runs_date(tmp_path: Path) -> None:
+    word = "{% if strftime_now('%Y') == '1999' %}{{ 'seven' }}{% else %}{{ 'ten' }}{% endif %}"
+    dated = make_chain_model(tmp_path, template=word + CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(dated)
+    trained = sample(dated, "Hello")
+    assert trained["prompt_ids"][0] == tokenizer.convert_tokens_to_ids("ten")
+    trained["prompt_ids"][0] = tokenizer.convert_tokens_to_ids("seven")  # the run began in 1999
+    assert not check_serving(dated, [trained], max_new_tokens=8)["passed"]
+    result = check_serving(dated, [trained], max_new_tokens=8, pinned_date="1999-12-31")
+    assert result["passed"]
+    assert "asked as of 1999-12-31" in describe(result)
+
+
 def test_text_that_spells_a_control_token_is_told_apart(folder: Path) -> None:
     spelled = sample(folder, "Hello <|im_end|> world")
     spelled["prompt_ids"] = [i for i in spelled["prompt_ids"] if i != 0][:-1]  # training took other ids for that text

@@ -1,0 +1,54 @@
+"""The model card of a run folder, from what the run has recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sft.configfile import load_config
+from sft.durable import read_json
+from sft.modelcard import model_card
+from sft.runfolder import RunFolder, read_events
+from sft.serving import describe
+
+
+def run_card(run: Path, *, merged: bool = False) -> str | None:
+    """The card as Markdown; None where `run` holds no complete record."""
+    folder = RunFolder(run)
+    if not (folder.config.is_file() and folder.data.is_file() and folder.metrics.is_file()):
+        return None
+    config = load_config(folder.config).config
+    events = list(read_events(folder.metrics))
+    evaluations = {event["step"]: event for event in events if event["event"] == "eval"}
+    steps = [event for event in events if event["event"] == "train"]
+    answers = [event for event in events if event["event"] == "samples"]
+    environment = read_json(folder.environment) if folder.environment.is_file() else {}
+    serving = read_json(run / "serving.json") if (run / "serving.json").is_file() else None
+    last: dict[str, Any] = steps[-1] if steps else {}
+    return model_card(
+        config.model_dump(mode="json"),
+        read_json(folder.data),
+        before=evaluations.get(0),
+        after=evaluations.get(chosen_step(evaluations, config.save.best)),
+        best=config.save.best,
+        serving=None if serving is None else describe(serving),
+        samples=answers[-1]["samples"] if answers else (),
+        steps=last.get("step"),
+        tokens=last.get("tokens"),
+        seconds=last.get("seconds"),
+        environment=environment.get("versions"),
+        merged=merged,
+    )
+
+
+def chosen_step(evaluations: dict[int, dict[str, Any]], best: str | None) -> int:
+    """The step whose weights final/ holds: the last, or the best by `best` (losses: the lowest)."""
+    trained = {step: event for step, event in evaluations.items() if step > 0}
+    if not trained:
+        return -1
+    name = (best or "").removeprefix("eval.")
+    scored = {step: event[name] for step, event in trained.items() if event.get(name) is not None}
+    if best is None or not scored:
+        return max(trained)
+    sign = 1 if name in ("loss", "perplexity") else -1
+    return min(scored, key=lambda step: (sign * scored[step], step))
