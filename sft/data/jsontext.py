@@ -7,6 +7,7 @@ sentence, and an array is walked element by element without holding the file.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -37,19 +38,23 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def cut(value: object, limit: int = 80) -> str:
-    """The value as JSON-like text of at most `limit` characters, on one line."""
-    text = value if isinstance(value, str) else repr(value if not isinstance(value, (list, dict)) else _head(value))
+    """The value as JSON of at most `limit` characters, on one line; a text without its quotes."""
+    text = value if isinstance(value, str) else json.dumps(_head(value, 0), ensure_ascii=False, default=repr)
     text = text[: limit + 1].replace("\n", "\\n").replace("\r", "\\r").encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _head(value: Any) -> Any:
+def _head(value: Any, depth: int) -> Any:
     """The first few items: printing a five-megabyte row to cut it afterwards would cost as much as reading it."""
+    if isinstance(value, str):
+        return value[:90]
+    if isinstance(value, (dict, list, tuple)) and depth > 3:
+        return "…"
     if isinstance(value, dict):
-        return {key: _head(value[key]) for key in list(value)[:4]}
-    if isinstance(value, list):
-        return [cut(item, 60) if isinstance(item, str) else type(item).__name__ for item in value[:4]]
-    return cut(value, 90) if isinstance(value, str) else value
+        return {str(key): _head(value[key], depth + 1) for key in itertools.islice(value, 6)}
+    if isinstance(value, (list, tuple)):
+        return [_head(item, depth + 1) for item in value[:6]]
+    return value
 
 
 def parse(text: str) -> Any:

@@ -1,0 +1,249 @@
+"""Files, globs, folders and hub ids to rows that know their line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft.data.sources import BadRow, Row, file_of, read_rows, source_files, source_fingerprint
+from sft.errors import DataError
+
+A, B, C = {"text": "one"}, {"text": "two"}, {"text": "three"}
+
+
+def lines(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, content: str | bytes) -> str:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+def found(path: str, **options: Any) -> list[tuple[str, object]]:
+    """(source, data) of each row; of a bad row its message."""
+    return [(r.source, r.data if isinstance(r, Row) else r.message) for r in read_rows(path, **options)]
+
+
+def test_json_lines_know_their_line_past_empty_lines_crlf_and_a_byte_order_mark(here: Path) -> None:
+    write("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n   \n{"text": "two"}\n{"text": "three"}')
+    assert found("a.jsonl") == [("a.jsonl:1", A), ("a.jsonl:4", B), ("a.jsonl:5", C)]
+
+
+@pytest.mark.parametrize(
+    ("content", "sources"),
+    [
+        ('[{"text": "one"},\n {"text": "two"}, {"text": "three"}]', ["x.json:1", "x.json:2", "x.json:2[2]"]),
+        ('{"version": [1][0], "no": 1}', None),
+        ('{"version": 1, "data": [{"text": "one"},\n{"text": "two"},\n{"text": "three"}], "by": {"a": "]"}}',
+         ["x.json:1", "x.json:2", "x.json:3"]),
+        (lines(A, B, C), ["x.json:1", "x.json:2", "x.json:3"]),
+        ('\ufeff  [{"text": "one"}\n,{"text": "two"}\n,{"text": "three"}\n]\n', ["x.json:1", "x.json:2", "x.json:3"]),
+    ],
+)  # fmt: skip
+def test_json_as_an_array_as_an_object_with_a_list_and_as_lines(
+    here: Path, content: str, sources: list[str] | None
+) -> None:
+    write("x.json", content)
+    if sources is None:
+        with pytest.raises(DataError, match=r"x\.json:1"):
+            found("x.json")
+    else:
+        assert found("x.json") == list(zip(sources, [A, B, C], strict=True))
+
+
+def test_an_object_with_the_keys_of_a_row_is_a_row(here: Path) -> None:
+    row = {"id": 3, "messages": [{"role": "user", "content": "Hi"}]}
+    write("x.json", json.dumps(row, indent=2))
+    assert found("x.json") == [("x.json:1", row)]
+    write("y.json", json.dumps({"traj": [A], "other": [B]}))
+    assert found("y.json", columns={"traj": "messages"})[0][1]["messages"] == [A]  # type: ignore[index]
+
+
+def test_two_lists_in_one_object_are_ambiguous(here: Path) -> None:
+    write("x.json", json.dumps({"train": [A], "test": [B]}))
+    with pytest.raises(DataError, match="two lists in one object: 'train' and 'test'"):
+        found("x.json")
+
+
+def test_a_json_array_named_jsonl_is_read_as_an_array(here: Path) -> None:
+    write("x.jsonl", json.dumps([A, B], indent=1))
+    assert [data for _, data in found("x.jsonl")] == [A, B]
+
+
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(max_size=3), st.text(max_size=30) | st.integers() | st.lists(st.text(max_size=3))),
+        min_size=1, max_size=8,
+    ),
+    indent=st.sampled_from([None, 0, 2]),
+    chunk=st.integers(1, 40),
+    ascii=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_an_array_read_in_chunks_of_any_size_is_what_json_loads_says(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], indent: int | None, chunk: int, ascii: bool
+) -> None:
+    path = tmp_path_factory.mktemp("chunks") / "x.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft.data.jsontext.CHUNK_BYTES", chunk)
+        read = list(read_rows(str(path)))
+    assert [r.data if isinstance(r, Row) else r for r in read] == rows
+    assert len({r.source for r in read}) == len(rows)
+
+
+def test_csv_with_quotes_line_breaks_and_other_delimiters(here: Path) -> None:
+    write("a.csv", 'prompt,completion\n"a, ""b""","two\nlines"\n\nc,d\n')
+    assert found("a.csv") == [
+        ("a.csv:2", {"prompt": 'a, "b"', "completion": "two\nlines"}),
+        ("a.csv:5", {"prompt": "c", "completion": "d"}),
+    ]
+    write("b.csv", "\ufeffprompt;completion\r\na;b\r\n")
+    assert found("b.csv") == [("b.csv:2", {"prompt": "a", "completion": "b"})]
+    write("c.tsv", "prompt\tcompletion\na,1\tb\n")
+    assert found("c.tsv") == [("c.tsv:2", {"prompt": "a,1", "completion": "b"})]
+
+
+def test_csv_trouble_names_the_line(here: Path) -> None:
+    write("a.csv", 'a,b\n1,2,3\n"x"y,2\n3,4\n"open,5\n')
+    assert [source for source, data in found("a.csv") if isinstance(data, str)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
+    assert ("a.csv:4", {"a": "3", "b": "4"}) in found("a.csv")
+    write("b.csv", "a,a\n1,2\n")
+    with pytest.raises(DataError, match="column 'a' appears twice"):
+        found("b.csv")
+
+
+def test_parquet_rows_have_numbers_and_no_foreign_nulls(here: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tools = [{"name": "f", "args": {"x": 1}}, {"name": "g", "args": {"y": None, "z": [None, {"q": None}]}}]
+    rows = [{"messages": [tools[0]], "note": None}, {"messages": [tools[1]], "note": "n"}]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    assert found("a.parquet") == [
+        ("a.parquet:row 1", {"messages": [{"name": "f", "args": {"x": 1}}], "note": None}),
+        ("a.parquet:row 2", {"messages": [{"name": "g", "args": {"z": [None, {}]}}], "note": "n"}),
+    ]
+    write("broken.parquet", Path("a.parquet").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"broken\.parquet: not a readable Parquet file"):
+        found("broken.parquet")
+
+
+def test_a_folder_that_datasets_saved_is_read(here: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([A, B]).save_to_disk("saved")
+    assert [data for _, data in found("saved")] == [A, B]
+
+
+def test_compressed_lines(here: Path) -> None:
+    write("a.jsonl.gz", gzip.compress(lines(A, B).encode()))
+    assert found("a.jsonl.gz") == [("a.jsonl.gz:1", A), ("a.jsonl.gz:2", B)]
+    write("b.jsonl.gz", gzip.compress(lines(A, B).encode())[:-9])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read"):
+        found("b.jsonl.gz")
+
+
+def test_globs_and_folders_are_sorted_and_leave_other_files_out(here: Path) -> None:
+    for name, row in (("d/b.jsonl", B), ("d/a.jsonl", A), ("d/sub/c.json", [C])):
+        write(name, json.dumps(row))
+    write("d/README.md", "# no data")
+    write("d/.hidden.jsonl", lines(A))
+    assert [source for source, _ in found("d")] == ["d/a.jsonl:1", "d/b.jsonl:1", "d/sub/c.json:1"]
+    assert [source for source, _ in found("d/*.jsonl")] == ["d/a.jsonl:1", "d/b.jsonl:1"]
+    assert [source for source, _ in found("d/**/*.json*")] == ["d/a.jsonl:1", "d/b.jsonl:1", "d/sub/c.json:1"]
+    with pytest.raises(DataError, match="matches 1 paths, none of them a data file"):
+        found("d/*.md")
+
+
+def test_split_picks_files_of_a_folder_by_name_so_that_test_rows_are_not_trained(here: Path) -> None:
+    write("d/train.jsonl", lines(A))
+    write("d/test-00000.jsonl", lines(B))
+    write("d/dev/x.jsonl", lines(C))
+    assert found("d") == [("d/train.jsonl:1", A)]
+    assert found("d", split="test") == [("d/test-00000.jsonl:1", B)]
+    assert found("d", split="validation") == [("d/dev/x.jsonl:1", C)]
+    with pytest.raises(DataError, match="no file for split 'tset'"):
+        found("d", split="tset")
+
+
+def test_what_is_not_there_is_said_with_the_nearest_name(here: Path) -> None:
+    write("pirate.jsonl", lines(A))
+    with pytest.raises(DataError, match=r"pirat\.jsonl: no such file .* Did you mean 'pirate\.jsonl'\?"):
+        source_files("pirat.jsonl")
+    with pytest.raises(DataError, match="no reader for this kind of file"):
+        source_files(write("a.txt", "x"))
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="no data files in this folder"):
+        source_files("empty")
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_to_check(here: Path) -> None:
+    assert source_files("someone/no-such-data") == []
+    with pytest.raises(DataError, match=r"someone/no-such-data: .*split 'train'.*Check path, split, subset, revision"):
+        found("someone/no-such-data", subset="main", revision="abc")
+
+
+def test_columns_rename_and_an_unknown_one_lists_those_seen(here: Path) -> None:
+    write("a.jsonl", lines({"question": "q", "answer": "a", "prompt": "hidden"}, {"question": "q2"}))
+    mapping = {"question": "prompt", "answer": "completion"}
+    assert [data for _, data in found("a.jsonl", columns=mapping)] == [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q2"},
+    ]
+    with pytest.raises(DataError, match=r"no column 'qestion' .* columns seen: question, answer, prompt. Did you mean"):
+        found("a.jsonl", columns={"qestion": "prompt"})
+    with pytest.raises(DataError, match="two columns are mapped to 'prompt'"):
+        found("a.jsonl", columns={"question": "prompt", "answer": "prompt"})
+
+
+def test_columns_can_swap_names(here: Path) -> None:
+    write("a.jsonl", lines({"prompt": "1", "completion": "2"}))
+    swapped = found("a.jsonl", columns={"prompt": "completion", "completion": "prompt"})
+    assert swapped == [("a.jsonl:1", {"completion": "1", "prompt": "2"})]
+
+
+def test_limit_counts_rows_over_all_files(here: Path) -> None:
+    write("d/a.jsonl", lines(A, B))
+    write("d/b.jsonl", lines(C, A))
+    assert [data for _, data in found("d", limit=3)] == [A, B, C]
+
+
+def test_the_fingerprint_follows_content_and_settings_not_dates(here: Path) -> None:
+    import os
+
+    write("a.jsonl", lines(A, B))
+    before = source_fingerprint("a.jsonl")
+    os.utime("a.jsonl", (1, 1))
+    assert source_fingerprint("a.jsonl") == before
+    assert source_fingerprint("a.jsonl", limit=1) != before
+    assert source_fingerprint("a.jsonl", columns={"text": "prompt"}) != before
+    write("a.jsonl", lines(A, C))
+    assert source_fingerprint("a.jsonl") != before
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [("d/a.jsonl:17", "d/a.jsonl"), ("a.json:1[3]", "a.json"), ("a.parquet:row 4", "a.parquet"), ("a.csv", "a.csv")],
+)
+def test_the_file_of_a_row(source: str, file: str) -> None:
+    assert file_of(source) == file
+
+
+def test_a_bad_row_is_no_row() -> None:
+    assert not isinstance(BadRow("a:1", "x"), Row)
