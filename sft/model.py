@@ -72,7 +72,7 @@ def load_base(
         if device is not None:
             options["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_source(name),
             revision=revision,
             dtype=dtype,
@@ -89,7 +89,7 @@ def load_base(
             "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
         ) from error
     if device is not None and quantization is None:
-        model.to(device=device)
+        model.to(device)
     own_storage(model)
     return model
 

@@ -337,6 +337,7 @@ def open_session(
     trainee, facts = setup.build_trainee(
         config, bundle, device=device, checkpoint=opening.checkpoint, grown_to=recorded.get("grown_to"), say=say
     )
+    trainee.train()  # before any forward pass: in evaluation mode, 4-bit layers repack their weights on some CPUs
     proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
     if not proof or config.model.attention not in ("auto", "flat"):
         proof = setup.prove(trainee, config, device, say)
@@ -352,7 +353,6 @@ def open_session(
         )
     if checkpointing:
         trainee.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainee.train()
     if config.model.compile:
         for layer in getattr(trainee.backbone, "layers", []):
             layer.compile(dynamic=True)

@@ -73,7 +73,7 @@ class Job:
 
     @property
     def is_sharded(self) -> bool:
-        return self.accelerator.state.fsdp_plugin is not None
+        return getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
 
 def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerator:
@@ -106,7 +106,11 @@ def unused_gpus_hint(command: str = "CONFIG") -> str | None:
     return None
 
 
-def set_determinism(config: Config) -> None:
+def set_up_libraries(config: Config) -> None:
+    """Quiet progress bars of libraries, and repeatable kernels where asked for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -67,7 +67,7 @@ def _train(
 
     config, local_first = loaded.config, os.environ.get("LOCAL_RANK", "0") == "0"
     say_early = (lambda text: print(text, file=sys.stderr, flush=True)) if local_first else (lambda text: None)
-    setup.set_determinism(config)
+    setup.set_up_libraries(config)
     date = pinned_date(folder, fresh)
     with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
         bundle, data = prepare_data(loaded, say_early, pinned_date=date)
@@ -346,7 +346,9 @@ class _Trackers:
         self._try(lambda: self._session.job.accelerator.log(numbers, step=step))
 
     def finish(self) -> None:
-        self._try(lambda: self._session.job.accelerator.end_training() if self._on else None)
+        # each tracker by itself: accelerate's end_training would end the process group, too
+        for tracker in self._session.job.accelerator.trackers if self._on else ():
+            self._try(tracker.finish)
 
     def _try(self, action: Any) -> None:
         if not self._on:

@@ -73,7 +73,7 @@ class Trainee(nn.Module):
                 hidden_MD = hidden_MD.to(self.compute_dtype)
             if score is not None:
                 return score(hidden_MD, lambda h: self.transform(head(h)))
-            if type(head) is nn.Linear and head.bias is None and self.transform == LogitTransform():
+            if type(head) is nn.Linear and getattr(head, "bias", None) is None and self.transform == LogitTransform():
                 return linear_loss_sum(hidden_MD, head.weight, targets_M, weights_M)
             vocabulary = self.causal.config.get_text_config().vocab_size
             return head_loss_sum(hidden_MD, lambda h: self.transform(head(h)), vocabulary, targets_M, weights_M)
