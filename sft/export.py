@@ -110,9 +110,12 @@ def write_merged(source: Path, target: Path) -> Expected:
 
     from sft.model import load_adapter
 
-    model = load_adapter(source)
-    expected = _expect(model, AutoTokenizer.from_pretrained(source), merged=True)
+    model, tokenizer = load_adapter(source), AutoTokenizer.from_pretrained(source)
+    expected = _expect(model, tokenizer, merged=True)
     merged = merge_adapter(model)
+    if (source / "vocabulary.json").is_file():
+        # The vocabulary was grown to a round number of rows. Those that no token uses hold chance, so they go.
+        merged.resize_token_embeddings(len(tokenizer))
     merged.config.use_cache = True
     merged.save_pretrained(target)
     # after the model, whose own generation config this replaces
@@ -170,9 +173,8 @@ def verify_folder(folder: Path, expected: Expected) -> str:
         raise ModelError(f"{folder}: the saved tokenizer gives other ids than the run's. Nothing was exported.")
     model = load_as_stranger(folder)
     logits_TV = logits_of(model, expected.ids)
-    # a stranger's vocabulary may be padded differently; rows beyond the tokenizer mean nothing
-    shared = min(logits_TV.shape[-1], expected.logits_TV.shape[-1])
-    ours, theirs = logits_TV[:, :shared], expected.logits_TV[:, :shared]
+    known = len(tokenizer)  # rows beyond the tokenizer mean nothing
+    ours, theirs = logits_TV[:, :known], expected.logits_TV[:, :known]
     spread = float((theirs - theirs.mean(-1, keepdim=True)).pow(2).mean().sqrt())
     difference = float((ours - theirs).pow(2).mean().sqrt()) / max(spread, 1e-12)
     same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
