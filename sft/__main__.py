@@ -102,10 +102,11 @@ def first_on_machine() -> bool:
 def load(config: str, overrides: list[str] | None) -> LoadedConfig:
     """The checked config; keys that are set but never read are named on stderr."""
     from sft.configfile import load_config
+    from sft.hub import hub_names, settle
 
     loaded = load_config(config, overrides or ())
-    if first_on_machine():
-        for warning in loaded.unread:
+    for warning in (*loaded.unread, settle(hub_names(loaded.config))):
+        if warning and first_on_machine():
             print(f"warning: {warning}", file=sys.stderr)
     return loaded
 
@@ -119,14 +120,18 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Look at the data and the model, and print a commented config to start from."""
+    from sft.hub import settle
+
+    if warning := settle([model, data]):
+        print(f"warning: {warning}", file=sys.stderr)
     from sft.init import suggest_config
 
-    text = suggest_config(data, model)
     if out is None:
-        print(text, end="")
+        print(suggest_config(data, model), end="")
         return
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or name another --out.")
+    text = suggest_config(data, model, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     print(f"{out} written. Read it, then: sft check {out}", file=sys.stderr)

@@ -162,7 +162,7 @@ def _yaml_files_nearby(path: Path) -> str:
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
-_PLAIN = re.compile(r"[A-Za-z/~.][\w./~+-]*")
+_PLAIN = re.compile(r"[A-Za-z/~.](?:[\w./~+-]|://)*")
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 

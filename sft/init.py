@@ -1,0 +1,366 @@
+"""`sft init DATA --model NAME`: looks at the data and at the model, and writes a config that says what it saw.
+
+Both looks are cheap: at most `SAMPLE` rows, the tokenizer, and the headers of the weights. What cannot be seen from
+here (a model that is not on this machine, no network) is said in a comment, and the rest is suggested all the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.data.formats import FORMATS, detect_format
+from sft.data.readers import BadRow, Row
+from sft.data.sources import read_rows, source_files
+from sft.errors import DataError
+from sft.glance import ModelGlance, glance_at_model
+from sft.secrets import mask_secrets
+from sft.types import Conversation, Passage, Sample
+from sft.yamltree import flow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SAMPLE = 5000
+"""Rows looked at."""
+MEASURED = 500
+"""Rows tokenised to learn how long examples are."""
+
+_PROMPT = ("question", "query", "input", "problem", "instruction", "prompt", "source")
+_COMPLETION = ("answer", "response", "output", "solution", "completion", "target", "chosen")
+_MESSAGES = ("dialog", "dialogue", "chat", "turns", "traj", "history", "conversation_a")
+
+
+@dataclass(frozen=True)
+class DataGlance:
+    """What a look at the first rows showed."""
+
+    rows: int
+    whole: bool  # whether these are all rows there are
+    columns: dict[str, str]
+    formats: Counter[str]
+    samples: list[Sample]
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return next(iter(self.formats)) if len(self.formats) == 1 else "auto"
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        return [sample for sample in self.samples if isinstance(sample, Conversation)]
+
+
+def suggest_config(data: str, model: str, name: str = "my.yaml") -> str:
+    """A commented YAML config for `data` and `model`, to be called `name`.
+
+    Raises DataError where the data cannot be used at all.
+    """
+    about = glance_at_model(model)
+    seen = glance_at_data(data, chat=about.has_template is not None)
+    lengths = token_lengths(seen.samples, about)
+    return "\n".join(_lines(data, model, name, seen, about, lengths)) + "\n"
+
+
+# The data -----------------------------------------------------------------------------------------------------------
+
+
+def glance_at_data(path: str, *, chat: bool = True) -> DataGlance:
+    """Reads up to `SAMPLE` rows. `chat`: read pairs such as question and answer as conversations where one must choose.
+
+    Raises DataError that lists the keys and formats where none fits.
+    """
+    rows = list(itertools.islice(read_rows(path), SAMPLE + 1))
+    whole, rows = len(rows) <= SAMPLE, rows[:SAMPLE]
+    good = [row for row in rows if isinstance(row, Row)]
+    refused = [f"{row.source}: {row.message}" for row in rows if isinstance(row, BadRow)]
+    if not good:
+        raise DataError(f"{path}: no row can be read. {'First: ' + refused[0] if refused else 'It is empty.'}")
+    columns = suggest_columns(good[0].data, chat=chat)
+    formats: Counter[str] = Counter()
+    samples = []
+    for row in good:
+        renamed = Row(row.source, {columns.get(key, key): value for key, value in row.data.items()})
+        try:
+            name = detect_format(renamed.data)
+            samples.append(FORMATS[name](renamed))
+            formats[name] += 1
+        except DataError as error:
+            refused.append(str(error))
+    if not samples:
+        raise DataError(f"{path}: no row fits a format. First: {refused[0]}")
+    return DataGlance(len(rows), whole, columns, formats, samples, refused)
+
+
+def suggest_columns(data: Mapping[str, Any], *, chat: bool = True) -> dict[str, str]:
+    """{their name: ours} under which a row fits a format; empty where it fits as it is or nothing helps.
+
+    A pair such as question and answer becomes a conversation, which the chat template renders, or without `chat` a
+    prompt and its completion, joined as they are.
+    """
+    for columns in _candidates(data, ("instruction", "output") if chat else ("prompt", "completion")):
+        renamed = {columns.get(key, key): value for key, value in data.items()}
+        try:
+            FORMATS[detect_format(renamed)](Row("row", renamed))
+        except DataError:
+            continue
+        return columns
+    return {}
+
+
+def _candidates(data: Mapping[str, Any], pair: tuple[str, str]) -> Iterator[dict[str, str]]:
+    yield {}
+    names = {key.lower(): key for key in data}
+    if "instruction" in data:
+        answer = next((names[name] for name in _COMPLETION if name in names and names[name] != "output"), None)
+        context = {names["context"]: "input"} if "context" in names and "input" not in data else {}
+        if answer:
+            yield {**context, answer: "output"}
+    for theirs in _MESSAGES:
+        if theirs in names:
+            yield {names[theirs]: "messages"}
+    for prompt, completion in itertools.product(_PROMPT, _COMPLETION):
+        if prompt in names and completion in names and prompt != completion:
+            columns = {names[prompt]: pair[0], names[completion]: pair[1]}
+            yield {theirs: ours for theirs, ours in columns.items() if theirs != ours}
+    for theirs in ("content", "document", "body"):
+        if theirs in names:
+            yield {names[theirs]: "text"}
+
+
+def token_lengths(samples: list[Sample], model: ModelGlance) -> list[int]:
+    """Sorted lengths in tokens of up to `MEASURED` samples; a quarter of the characters where there is no tokenizer."""
+    step = max(1, len(samples) // MEASURED)
+    return sorted(_length(sample, model.tokenizer) for sample in samples[::step][:MEASURED])
+
+
+def _length(sample: Sample, tokenizer: Any) -> int:
+    if isinstance(sample, Passage):
+        text = sample.prompt + sample.completion
+    else:
+        text = "\n".join(f"{message.role}\n{message.content}" for message in sample.messages)
+        if tokenizer is not None and tokenizer.chat_template:
+            text = _rendered(sample, tokenizer) or text
+    return len(text) // 4 if tokenizer is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _rendered(sample: Conversation, tokenizer: Any) -> str | None:
+    """None where the template refuses the conversation: its raw length will do, and `sft check` tells why."""
+    from jinja2 import TemplateError
+
+    messages = [message.as_dict() for message in sample.messages]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tools=list(sample.tools) or None, tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return None
+    return text
+
+
+# Suggestions --------------------------------------------------------------------------------------------------------
+
+
+def suggest_max_tokens(lengths: list[int], context: int | None) -> int:
+    """What 99 of 100 examples fit into, rounded up, and no more than the model was made for."""
+    fits = lengths[-(-len(lengths) * 99 // 100) - 1]
+    rounded = next((size for size in (256, 512, 1024, 2048, 4096, 8192) if size >= fits * 1.1), None)
+    wanted = rounded or -(-fits // 4096) * 4096
+    return min(wanted, context) if context else wanted
+
+
+def suggest_epochs_and_batch(rows: int) -> tuple[int, int]:
+    """Small data is seen more often, and in smaller steps, so that there are some hundred of them."""
+    epochs = 3 if rows < 1_000 else 2 if rows < 20_000 else 1
+    batch = next(size for size in (128, 64, 32, 16, 8) if size == 8 or rows * epochs // size >= 150)
+    return epochs, batch
+
+
+def suggest_tuning(parameters: int | None) -> str:
+    """Every weight of a small model, an adapter for others, and 4 bits where 16 would fill a GPU."""
+    if parameters is None:
+        return "lora"
+    return "full" if parameters < 1e9 else "lora" if parameters < 15e9 else "qlora"
+
+
+def suggest_eval(seen: DataGlance) -> float:
+    """Rows to hold out: a twentieth, up to 500, a tenth of very little data, none of next to nothing."""
+    if not seen.whole or seen.rows >= 10_000:
+        return 500
+    return 0.05 if seen.rows >= 200 else seen.rows // 10
+
+
+def has_test_split(path: str) -> bool:
+    """Whether a folder's file names tell training rows from test rows."""
+    if not Path(path).expanduser().is_dir():
+        return False
+    try:
+        return source_files(path, "test") != source_files(path, "train")
+    except DataError:
+        return False
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def _lines(data: str, model: str, name: str, seen: DataGlance, about: ModelGlance, lengths: list[int]) -> Iterator[str]:
+    head = [
+        f"Suggested by: sft init {data} --model {model}",
+        "",
+        *_about_data(seen, lengths, about),
+        "",
+        *_about_model(about),
+        "",
+        f"Then:  sft check {name}        what is trained, which rows are dropped, memory, steps",
+        f"       sft preview {name}      the trained tokens, in colour",
+        f"       sft train {name}        any key can be set here too: optim.lr=1e-4",
+        "Every key there is: configs/reference.yaml",
+    ]
+    yield from (f"# {mask_secrets(_one_line(line))}".rstrip() for line in head)
+    yield ""
+    yield from _model_section(model, about)
+    yield ""
+    yield from _data_section(data, seen, about, lengths)
+    yield ""
+    yield from _training_sections(seen)
+
+
+def _training_sections(seen: DataGlance) -> Iterator[str]:
+    epochs, batch = suggest_epochs_and_batch(seen.rows)
+    yield "batch:"
+    yield _said(f"  examples: {batch}", "conversations a step sees, over all devices")
+    yield ""
+    yield "optim:"
+    yield _said("  lr: auto", "2e-4 for lora and qlora, 2e-5 for full; the first thing to vary: sft sweep")
+    yield ""
+    yield "train:"
+    steps = f"about {max(1, seen.rows * epochs // batch):,} steps" if seen.whole else "watch the held-out loss"
+    yield _said(f"  epochs: {epochs}", steps)
+    if suggest_eval(seen):
+        yield ""
+        yield "save:"
+        yield _said("  best: eval.loss", "final/ is the best checkpoint; null: the last")
+
+
+def _said(line: str, why: str) -> str:
+    return f"{line:<30} # {why}" if len(line) <= 30 else f"{line}  # {why}"
+
+
+def _about_data(seen: DataGlance, lengths: list[int], about: ModelGlance) -> Iterator[str]:
+    formats = ", ".join(f"{name} ({number:,})" for name, number in seen.formats.most_common())
+    looked = f"{seen.rows:,} rows" if seen.whole else f"the first {seen.rows:,} rows"
+    yield f"Data: {looked}, format {formats if len(seen.formats) > 1 else seen.format}."
+    chats = seen.conversations
+    if chats:
+        answers = Counter(sum(message.role == "assistant" for message in chat.messages) for chat in chats)
+        several = sum(number for turns, number in answers.items() if turns > 1)
+        has = {
+            "system prompts": sum(chat.messages[0].role in ("system", "developer") for chat in chats),
+            "tools": sum(bool(chat.tools) for chat in chats),
+            "reasoning": sum(any("reasoning_content" in m.extra for m in chat.messages) for chat in chats),
+        }
+        has = {"several answers": several} | has
+        facts = [f"{number:,} have {what}" for what, number in has.items() if number]
+        yield f"Of {len(chats):,} conversations {', '.join(facts)}." if facts else "One question, one answer each."
+    middle, longest = lengths[len(lengths) // 2], lengths[-1]
+    unit = "tokens" if about.tokenizer is not None else "tokens, guessed from characters"
+    yield f"Length: {middle:,} {unit}, in the middle; the longest seen {longest:,}."
+    if seen.refused:
+        yield f"{len(seen.refused):,} of them cannot be used, such as:"
+        yield from (f"  {_cut(line, 150)}" for line in seen.refused[:3])
+    yield "The first:"
+    yield from (f"  {line}" for line in _first_sample(seen.samples[0]))
+
+
+def _first_sample(sample: Sample) -> Iterator[str]:
+    if isinstance(sample, Passage):
+        if sample.prompt:
+            yield f"prompt      {_cut(sample.prompt)}"
+        yield f"{sample.kind:<11} {_cut(sample.completion)}"
+        return
+    for message in sample.messages[:4]:
+        calls = " (tool calls)" if message.extra.get("tool_calls") else ""
+        yield f"{message.role:<11} {_cut(message.content)}{calls}"
+    if len(sample.messages) > 4:
+        yield f"... and {len(sample.messages) - 4} more messages"
+
+
+def _about_model(about: ModelGlance) -> Iterator[str]:
+    facts = []
+    if about.parameters:
+        facts.append(f"{_count(about.parameters)} parameters")
+    if about.context:
+        facts.append(f"made for {about.context:,} tokens")
+    if about.has_template is not None:
+        facts.append("brings its chat template" if about.has_template else "brings no chat template")
+    yield f"Model: {', '.join(facts) or 'not looked at'}."
+    for problem in about.problems:
+        yield f"Could not be seen from here: {_cut(problem, 200)}"
+    if about.parameters:
+        full, lora, qlora = (_gigabytes(about.parameters * size) for size in (16, 2, 0.6))
+        yield f"Memory, before activations: full {full}, lora {lora}, qlora {qlora}."
+
+
+def _model_section(model: str, about: ModelGlance) -> Iterator[str]:
+    tuning = suggest_tuning(about.parameters)
+    yield "model:"
+    yield f"  name: {flow(model)}"
+    yield _said(f"  tuning: {tuning}", "full | lora | qlora")
+    if tuning != "full":
+        yield _said("  lora: {rank: 16, alpha: 32}", "a higher rank can learn more")
+
+
+def _origin_of_format(seen: DataGlance) -> str:
+    if seen.format == "auto":
+        return "several, see above"
+    return "once its columns are renamed" if seen.columns else "as detected"
+
+
+def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list[int]) -> Iterator[str]:
+    yield "data:"
+    yield "  train:"
+    yield f"    - path: {flow(data)}"
+    yield _said(f"      format: {seen.format}", _origin_of_format(seen))
+    if seen.columns:
+        yield _said(f"      columns: {flow(seen.columns)}", "their names: ours")
+    if set(seen.columns.values()) == {"instruction", "output"}:
+        plain = {theirs: {"instruction": "prompt", "output": "completion"}[o] for theirs, o in seen.columns.items()}
+        yield f"      # as a conversation; without the chat template: columns: {flow(plain)}"
+    if has_test_split(data):
+        yield "  eval:"
+        yield f"    - path: {flow(data)}"
+        yield _said("      split: test", "rows that are never trained")
+        yield from ([f"      columns: {flow(seen.columns)}"] if seen.columns else [])
+        yield "      limit: 500"
+    else:
+        yield _said(
+            f"  eval: {flow(suggest_eval(seen))}", "held out of train: a share or a number; or a list of sources"
+        )
+    if seen.conversations and about.has_template is False:
+        yield _said("  template: chatml", "the model has none of its own; or zephyr, tulu, a .jinja file")
+    size = suggest_max_tokens(lengths, about.context)
+    fit = sum(length <= size for length in lengths) / len(lengths)
+    yield _said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; others are dropped and counted")
+    if seen.refused:
+        yield _said("  on_bad_row: error", "skip: go on without the bad rows, up to max_dropped")
+
+
+def _one_line(text: str) -> str:
+    """Without control characters, since it goes into a comment."""
+    return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]+", " ", text)
+
+
+def _cut(text: str, width: int = 90) -> str:
+    line = _one_line(text[: 10 * width]).strip()
+    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB"

@@ -1,0 +1,198 @@
+"""`sft init`: what it sees in data and model, and that what it prints is a config."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.configfile import LoadedConfig, load_config
+from sft.errors import DataError
+from sft.glance import glance_at_model
+from sft.init import (
+    DataGlance,
+    suggest_columns,
+    suggest_config,
+    suggest_epochs_and_batch,
+    suggest_eval,
+    suggest_max_tokens,
+    suggest_tuning,
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_rows(path: str, rows: list[Any]) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def suggested(data: str, model: Path | str) -> tuple[str, LoadedConfig]:
+    text = suggest_config(data, str(model))
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    return text, load_config("my.yaml")
+
+
+CHAT = {"messages": [{"role": "user", "content": "How many ?"}, {"role": "assistant", "content": "just 6"}]}
+
+
+def test_chat_rows_and_a_small_model(model_folder: Path) -> None:
+    data = write_rows("chats.jsonl", [CHAT] * 400)
+    text, loaded = suggested(data, model_folder)
+    config = loaded.config
+    assert (config.data.train[0].path, config.data.train[0].format) == ("chats.jsonl", "messages")
+    assert config.model.name == str(model_folder)
+    assert config.model.tuning == "full"
+    assert config.data.max_tokens == 256
+    assert config.data.template == "model"
+    assert (config.train.epochs, config.batch.examples) == (3, 8)
+    assert config.save.best == "eval.loss"
+    assert loaded.unread == ()
+    assert "# Data: 400 rows, format messages." in text
+    assert "made for 512 tokens, brings its chat template." in text
+    assert "#   assistant   just 6" in text
+
+
+def test_a_model_without_template_is_given_one(tmp_path: Path) -> None:
+    from conftest import make_tokenizer
+
+    base = make_tokenizer(tmp_path / "base", template=None)
+    text, loaded = suggested(write_rows("a.jsonl", [CHAT] * 20), base)
+    assert loaded.config.data.template == "chatml"
+    assert "brings no chat template" in text
+
+
+def test_a_model_that_cannot_be_seen_is_said_and_the_rest_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, loaded = suggested(write_rows("a.jsonl", [CHAT] * 20), "nobody/nothing")
+    assert "# Model: not looked at." in text
+    assert "# Could not be seen from here: model.name: no tokenizer could be loaded from 'nobody/nothing'" in text
+    assert "tokens, guessed from characters" in text
+    assert loaded.config.model.tuning == "lora"
+
+
+def test_questions_and_answers_become_conversations(tokenizer_folder: Path) -> None:
+    data = write_rows("qa.jsonl", [{"question": "How many ?", "answer": "just 6", "id": 3}] * 30)
+    text, loaded = suggested(data, tokenizer_folder)
+    assert loaded.config.data.train[0].columns == {"question": "instruction", "answer": "output"}
+    assert loaded.config.data.train[0].format == "alpaca"
+    assert "without the chat template: columns: {question: prompt, answer: completion}" in text
+
+
+def test_rows_that_cannot_be_used_are_shown(tokenizer_folder: Path) -> None:
+    data = write_rows("a.jsonl", [CHAT] * 30 + [{"messages": []}, {"x": 1}])
+    text, loaded = suggested(data, tokenizer_folder)
+    assert "# 2 of them cannot be used, such as:" in text
+    assert "a.jsonl:31" in text
+    assert loaded.config.data.on_bad_row == "error"
+
+
+def test_several_formats_stay_auto(tokenizer_folder: Path) -> None:
+    write_rows("d/a.jsonl", [CHAT] * 30)
+    write_rows("d/b.jsonl", [{"text": "Hello world"}] * 10)
+    text, loaded = suggested("d", tokenizer_folder)
+    assert loaded.config.data.train[0].format == "auto"
+    assert "format messages (30), text (10)" in text
+
+
+def test_a_test_file_becomes_the_evaluation(tokenizer_folder: Path) -> None:
+    write_rows("d/train.jsonl", [CHAT] * 30)
+    write_rows("d/test.jsonl", [CHAT] * 10)
+    _, loaded = suggested("d", tokenizer_folder)
+    evaluation = loaded.config.data.eval
+    assert isinstance(evaluation, list)
+    assert [(source.path, source.split, source.limit) for source in evaluation] == [("d", "test", 500)]
+
+
+def test_next_to_no_data_is_not_held_out(tokenizer_folder: Path) -> None:
+    _, loaded = suggested(write_rows("a.jsonl", [CHAT] * 3), tokenizer_folder)
+    assert loaded.config.data.eval == 0
+    assert loaded.config.save.best is None
+
+
+def test_hostile_names_and_texts_stay_in_their_comment(tokenizer_folder: Path) -> None:
+    hostile = "x\nmodel: {name: evil}\u2028run: {dir: /}\x85log: {name: 1}"
+    row = {"messages": [{"role": "user", "content": hostile}, {"role": "assistant", "content": hostile}]}
+    _, loaded = suggested(write_rows("a: #b.jsonl", [row] * 5), tokenizer_folder)
+    assert loaded.config.model.name == str(tokenizer_folder)
+    assert loaded.config.data.train[0].path == "a: #b.jsonl"
+    assert loaded.origins["run.dir"] == "default"
+
+
+def test_data_that_fits_no_format_is_refused_with_the_formats() -> None:
+    with pytest.raises(DataError, match=r"no row fits a format.*the keys x.*prompt_completion"):
+        suggest_config(write_rows("a.jsonl", [{"x": 1}]), "nobody/nothing")
+    with pytest.raises(DataError, match="no such file"):
+        suggest_config("nope.jsonl", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (CHAT, {}),
+        ({"text": "a"}, {}),
+        ({"prompt": "a", "completion": "b"}, {}),
+        ({"Question": "a", "Answer": "b"}, {"Question": "instruction", "Answer": "output"}),
+        ({"instruction": "a", "context": "c", "response": "b"}, {"context": "input", "response": "output"}),
+        ({"traj": CHAT["messages"], "reward": 1}, {"traj": "messages"}),
+        ({"content": "a"}, {"content": "text"}),
+        ({"x": 1}, {}),
+    ],
+)
+def test_columns_are_suggested_only_where_they_help(row: dict[str, Any], columns: dict[str, str]) -> None:
+    assert suggest_columns(row) == columns
+
+
+def test_without_a_chat_model_pairs_stay_pairs() -> None:
+    pairs = suggest_columns({"question": "a", "answer": "b"}, chat=False)
+    assert pairs == {"question": "prompt", "answer": "completion"}
+
+
+def test_sizes_come_from_headers(model_folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    glance = glance_at_model(str(model_folder))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    assert glance.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (glance.context, glance.has_template, glance.problems) == (512, True, ())
+
+
+def test_a_cut_weights_file_is_said(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tokenizer_folder, broken)
+    (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 4)
+    assert "is no safetensors file" in " ".join(glance_at_model(str(broken)).problems)
+
+
+@pytest.mark.parametrize(("lengths", "context", "size"), [([10], None, 256), ([300] * 99 + [9000], None, 512),
+    ([1900], None, 4096), ([9000], None, 12288), ([9000], 8192, 8192)])  # fmt: skip
+def test_max_tokens_fit_nearly_all(lengths: list[int], context: int | None, size: int) -> None:
+    assert suggest_max_tokens(sorted(lengths * 10), context) == size
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch"), [(10, 3, 8), (900, 3, 16), (7_500, 2, 64), (19_000, 2, 128), (1_000_000, 1, 128)]
+)
+def test_small_data_is_seen_more_often_in_smaller_steps(rows: int, epochs: int, batch: int) -> None:
+    assert suggest_epochs_and_batch(rows) == (epochs, batch)
+
+
+@pytest.mark.parametrize(("parameters", "tuning"), [(None, "lora"), (135e6, "full"), (8e9, "lora"), (32e9, "qlora")])
+def test_tuning_follows_the_size(parameters: int | None, tuning: str) -> None:
+    assert suggest_tuning(parameters) == tuning
+
+
+@pytest.mark.parametrize(("rows", "whole", "held_out"), [(3, True, 0), (50, True, 5), (300, True, 0.05),
+    (20_000, True, 500), (5_000, False, 500)])  # fmt: skip
+def test_what_is_held_out(rows: int, whole: bool, held_out: float) -> None:
+    assert suggest_eval(DataGlance(rows, whole, {}, Counter(), [])) == held_out
