@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("pages")
 
 
-def render_page(template: str, **values: Any) -> str:
+def render_page(template: str, /, **values: Any) -> str:
     """The HTML of `template` (a file of sft/pages, usually extending base.html), filled with `values`.
 
     `data=` is embedded as JSON for the page's own script, where it is `sft.data`; NaN and infinities become null.

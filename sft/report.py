@@ -76,7 +76,7 @@ def run_page(folder: Path) -> str:
         most_notes=MOST_NOTES,
         config=by_section(config),
         environment=list(flatten(_read_or_none(run.environment) or {})),
-        data={"curves": curves(events), "histogram": histogram_bars(data)},
+        data={"curves": curves(events), "histogram": (data or {}).get("length_histogram", [])},
     )
 
 
@@ -208,15 +208,6 @@ def samples_by_prompt(events: Iterable[Event]) -> list[dict[str, Any]]:
                 {"step": event["step"], "text": sample["completion"], "stopped": sample.get("stopped")}
             )
     return list(prompts.values())
-
-
-def histogram_bars(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Bars for the chart of lengths from `length_histogram`: `[{"from", "to", "examples"}]`, `to` exclusive."""
-    bins = (report or {}).get("length_histogram") or []
-    return [
-        {"label": str(item["from"]), "title": f"{item['from']} to {item['to'] - 1} tokens", "value": item["examples"]}
-        for item in bins
-    ]
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def write_run(folder: Path) -> Path:
         json.dumps(
             {
                 **{key: value for key, value in source.items() if key not in ("path", "format")},
-                "by_source": [source], "length_histogram": [{"from": 0, "to": 64, "examples": 9}],
+                "by_source": [source], "length_histogram": [{"label": "0", "title": "0 to 63 tokens", "value": 9, "from": 0, "to": 64}],
                 "stop_tokens": ["<|im_end|>"], "template": "model",
             }
         )
@@ -106,7 +106,7 @@ def test_a_report_is_whole_self_contained_and_safe_with_any_text(tmp_path: Path)
     page = check_page(html)
     assert page.data["curves"]["eval_loss"] == [[0, 3.0], [10, 1.5], [20, 2.0]]
     assert len(page.data["curves"]["loss"]) == 20
-    assert page.data["histogram"] == [{"label": "0", "title": "0 to 63 tokens", "value": 9}]
+    assert [bar["value"] for bar in page.data["histogram"]] == [9]
     shown = (
         "tiny", "LoRA, rank 8 · 4 conversations a step · adamw at 0.0002, cosine", "best 1.5 at step 10", "my.yaml:4",
         "command line", "1 over long", "Before training", "Step 20", "<|im_end|>", HOSTILE,

@@ -1,0 +1,373 @@
+"""`sft preview`: examples token by token, the trained ones in colour, exactly as training will see them.
+
+Needs the tokenizer and some rows, neither weights nor the whole data set: the first rows of each source are encoded by
+the same code that prepares a run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from sft.errors import DataError
+from sft.types import Example
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from sft.config import Config, Source
+    from sft.configfile import LoadedConfig
+    from sft.tokenizer import TokenizerBundle
+
+ROWS_TRIED = 2000  # of one source, before it counts as one without a usable row
+LONGEST_GROUP = 12  # tokens that one visible character may need
+SHOWN_STRETCH = 1600  # characters of one stretch on a terminal; the middle of longer ones is left out
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained where there is no colour
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The smallest run of tokens that has a text of its own: mostly one, several for an emoji cut in bytes."""
+
+    text: str
+    ids: tuple[int, ...]
+    weight: float
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One example, ready to be looked at. `data_source` is the path of its source in the config."""
+
+    example: Example
+    data_source: str
+    text: str
+    trained: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.example.input_ids_T)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Examples in the order they are shown, and a line for each row on the way that gave none."""
+
+    shown: tuple[Shown, ...]
+    left_out: tuple[str, ...]
+
+
+def preview(loaded: LoadedConfig, *, n: int = 4, html: Path | None = None, json_lines: bool = False) -> None:
+    """Prints `n` examples, spread over the sources; as JSON, or as a page into `html`. Raises DataError and others."""
+    from sft.prepare import load_bundle
+
+    bundle = load_bundle(loaded.config)
+    gathered = gather(loaded.config, bundle, n)
+    for line in gathered.left_out[:10]:
+        print(f"left out: {line}", file=sys.stderr)
+    if len(gathered.left_out) > 10:
+        print(f"left out: {len(gathered.left_out) - 10} more rows; sft check counts them", file=sys.stderr)
+    if json_lines:
+        for shown in gathered.shown:
+            print(json.dumps(as_json(shown)))
+        return
+    if html is not None:
+        from sft.durable import write_text
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(html, page(gathered.shown, bundle, loaded))
+        print(html)
+        return
+    print_examples(gathered.shown, bundle, sys.stdout)
+
+
+# Gathering ----------------------------------------------------------------------------------------------------------
+
+
+def gather(config: Config, bundle: TokenizerBundle, n: int) -> Gathered:
+    """The first `n` examples, taken from the training sources in turn. DataError where none of them has any."""
+    from sft.data.encode import Encoder
+    from sft.data.loader import encode_settings
+
+    encoder = Encoder(bundle, encode_settings(config.data))
+    left_out: list[str] = []
+    streams = [_examples(source, origin, encoder, left_out) for origin, source in enumerate(config.data.train)]
+    found: list[tuple[int, Example]] = []
+    active = dict(enumerate(streams))
+    while active and len(found) < n:
+        for origin in list(active):
+            example = next(active[origin], None) if len(found) < n else None
+            if example is not None:
+                found.append((origin, example))
+            elif len(found) < n:
+                del active[origin]
+    if not found:
+        lines = "".join(f"\n  {line}" for line in left_out[:10])
+        raise DataError(
+            f"data.train: no row of {', '.join(s.path for s in config.data.train)} gives an example:"
+            f"{lines or ' there are no rows.'}\nRepair the rows, or see data.format, data.columns and data.max_tokens."
+        )
+    found.sort(key=lambda item: item[0])
+    return Gathered(
+        tuple(show(example, config.data.train[origin].path, bundle) for origin, example in found), tuple(left_out)
+    )
+
+
+def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) -> Iterator[Example]:
+    """The examples of a source in the order of its rows; what becomes of the others goes to `left_out`."""
+    from sft.data.pipeline import Dealer, to_sample
+    from sft.data.sources import read_rows
+    from sft.types import Note
+
+    rows = read_rows(
+        source.path, split=source.split, subset=source.subset, revision=source.revision, columns=source.columns,
+        limit=source.limit,
+    )  # fmt: skip
+    dealer = Dealer(lambda line: None, {})
+    for batch in dealer.deal(islice(rows, ROWS_TRIED), origin, source.format):
+        for row in batch.rows:
+            sample = to_sample(row, batch)
+            if isinstance(sample, Note):
+                left_out.append(f"{sample.source}: {sample.detail}")
+                continue
+            encoded = encoder.encode(sample)
+            if not encoded.examples:
+                left_out.extend(f"{note.source}: {note.reason}: {note.detail}" for note in encoded.notes)
+            yield from encoded.examples
+
+
+def show(example: Example, data_source: str, bundle: TokenizerBundle) -> Shown:
+    """Decodes an example: the whole, each contiguous trained span, and piece by piece."""
+    from sft.data.proof import Decoder
+
+    decoder = Decoder(bundle.tokenizer, bundle.stop_ids[0])
+    ids = [int(token) for token in example.input_ids_T]
+    spans = trained_spans(example)
+    text, *trained = decoder([ids, *(ids[start:end] for start, end in spans)])
+    return Shown(example, data_source, text, tuple(trained), tuple(pieces(example, bundle, decoder)))
+
+
+def trained_spans(example: Example) -> list[tuple[int, int]]:
+    """[start, end) of each contiguous run of trained tokens."""
+    spans: list[tuple[int, int]] = []
+    for position, weight in enumerate(example.weights_T):
+        if weight <= 0:
+            continue
+        if spans and spans[-1][1] == position:
+            spans[-1] = (spans[-1][0], position + 1)
+        else:
+            spans.append((position, position + 1))
+    return spans
+
+
+def pieces(example: Example, bundle: TokenizerBundle, decoder: Any) -> Iterator[Piece]:
+    """The tokens with their texts, which join to the text of the example.
+
+    A token's text is what it adds behind its neighbour: alone, some decoders strip its blank. Tokens that only
+    together make a character (bytes of an emoji) form one piece, unless training treats them differently.
+    """
+    ids = [int(token) for token in example.input_ids_T]
+    weights = [float(weight) for weight in example.weights_T]
+    special = bundle.tokenizer.added_tokens_decoder
+    alone = decoder([[token] for token in ids])
+    # the same way of decoding for a token and for the pair it begins, so that one is the start of the other
+    pairs = decoder.decode([[a, b] for a, b in pairwise(ids)])
+    before = decoder.decode([[token] for token in ids])
+    start = 0
+    while start < len(ids):
+        end, text = start + 1, alone[start]
+        if start and pairs[start - 1].startswith(before[start - 1]) and "�" not in before[start - 1]:
+            text = pairs[start - 1][len(before[start - 1]) :]
+        if "�" in text:
+            end, text = _whole_character(ids, weights, start, decoder) or (end, text)
+        yield Piece(text, tuple(ids[start:end]), weights[start], ids[start] in special)
+        start = end
+
+
+def _whole_character(ids: Sequence[int], weights: Sequence[float], start: int, decoder: Any) -> tuple[int, str] | None:
+    """(end, text) of the shortest group from `start` that decodes to whole characters and is weighed alike."""
+    for end in range(start + 2, min(start + LONGEST_GROUP, len(ids)) + 1):
+        if weights[end - 1] != weights[start]:
+            return None
+        text = decoder([ids[start:end]])[0]
+        if "�" not in text:
+            return end, text
+    return None
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def as_json(shown: Shown) -> dict[str, Any]:
+    """The object that `--json` promises: `labels` aligned with `input_ids`, -100 where untrained."""
+    return {
+        "source": shown.example.source,
+        "input_ids": shown.example.input_ids_T.tolist(),
+        "labels": shown.example.labels_T.tolist(),
+        "text": shown.text,
+        "trained": list(shown.trained),
+    }
+
+
+# Terminal -----------------------------------------------------------------------------------------------------------
+
+
+def print_examples(shown: Sequence[Shown], bundle: TokenizerBundle, stream: TextIO) -> None:
+    """To a terminal in colour; elsewhere plain, with marks around what is trained."""
+    if stream.isatty():
+        from rich.console import Console
+
+        console = Console(file=stream, highlight=False, soft_wrap=True)
+        for example in shown:
+            console.rule(headline(example), align="left", style="dim")
+            console.print(coloured(example))
+            console.print()
+        console.print(_coloured_legend(bundle))
+        return
+    for example in shown:
+        text = plain(example).rstrip("\n")
+        print(f"── {headline(example)}\n{text}\n", file=stream)
+    print(legend(shown, bundle), file=stream)
+
+
+def headline(shown: Shown) -> str:
+    number, trained = shown.num_tokens, shown.example.num_trained
+    weights = sorted({float(w) for w in shown.example.weights_T if w > 0} - {1.0})
+    extra = f", weights {', '.join(f'{weight:g}' for weight in weights)}" if weights else ""
+    return f"{shown.example.source} · {number:,} tokens, {trained:,} trained ({trained / max(1, number):.0%}){extra}"
+
+
+def legend(shown: Sequence[Shown], bundle: TokenizerBundle) -> str:
+    tokens = sum(example.num_tokens for example in shown)
+    trained = sum(example.example.num_trained for example in shown)
+    stop = bundle.tokenizer.convert_ids_to_tokens(bundle.stop_ids[0])
+    return (
+        f"{OPEN}trained{CLOSE}  ↵ newline  · blank  ⇥ tab   "
+        f"{len(shown)} example{'s' * (len(shown) != 1)}, {tokens:,} tokens, {trained / max(1, tokens):.0%} trained; "
+        f"template {bundle.template_name}, a trained turn ends with {stop}"
+    )
+
+
+def plain(shown: Shown) -> str:
+    """The example without colour: `⟦…⟧` around each trained span, newlines and odd blanks visible."""
+    parts = []
+    for trained, text in stretches(shown):
+        visible = visible_blanks(shorten(text))
+        parts.append(f"{OPEN}{visible}{CLOSE}" if trained else visible)
+    return "".join(parts)
+
+
+def stretches(shown: Shown) -> Iterator[tuple[bool, str]]:
+    """The text cut where trained and untrained meet."""
+    run: list[Piece] = []
+    for piece in shown.pieces:
+        if run and (run[-1].weight > 0) != (piece.weight > 0):
+            yield run[-1].weight > 0, "".join(p.text for p in run)
+            run = []
+        run.append(piece)
+    if run:
+        yield run[-1].weight > 0, "".join(p.text for p in run)
+
+
+def shorten(text: str) -> str:
+    if len(text) <= SHOWN_STRETCH:
+        return text
+    half = SHOWN_STRETCH // 2
+    return f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
+
+
+def visible_blanks(text: str) -> str:
+    """Newlines and tabs marked; blanks marked where one would not see them: at edges, beside newlines, in rows."""
+    text = re.sub(r"^ +| +$|(?<=\n) +| +(?=\n)| {2,}", lambda match: "·" * len(match[0]), text)
+    return visible_controls(text.replace("\t", "⇥\t").replace("\n", "↵\n"))
+
+
+def visible_controls(text: str) -> str:
+    """Control characters that a terminal would obey become their pictures (U+2400 …): data must not move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 32 else "␡", text)
+
+
+def coloured(shown: Shown) -> Text:
+    """The example as rich text: trained green, special tokens bold, the rest dim."""
+    from rich.text import Text
+
+    text = Text()
+    for trained, stretch in _styled_runs(shown):
+        for special, piece in stretch:
+            base = "green" if trained else "dim"
+            style = ("bold black on green" if trained else "magenta") if special else base
+            text.append(visible_blanks(piece if special else shorten(piece)), style=style)
+    return text
+
+
+def _styled_runs(shown: Shown) -> Iterator[tuple[bool, list[tuple[bool, str]]]]:
+    """(trained, [(special, text)…]): pieces joined while neither changes."""
+    runs: list[tuple[bool, list[tuple[bool, str]]]] = []
+    for piece in shown.pieces:
+        trained = piece.weight > 0
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        inner = runs[-1][1]
+        if inner and not piece.special and not inner[-1][0]:
+            inner[-1] = (False, inner[-1][1] + piece.text)
+        else:
+            inner.append((piece.special, piece.text))
+    yield from runs
+
+
+def _coloured_legend(bundle: TokenizerBundle) -> Text:
+    from rich.text import Text
+
+    stop = bundle.tokenizer.convert_ids_to_tokens(bundle.stop_ids[0])
+    return Text.assemble(
+        ("trained", "green"), "  ", ("trained special token", "bold black on green"), "  ",
+        ("special token", "magenta"), "  ", ("context", "dim"), "   ↵ newline  · blank  ⇥ tab   ",
+        (f"template {bundle.template_name}, a trained turn ends with {stop}", "dim"),
+    )  # fmt: skip
+
+
+def one_example(example: Example, bundle: TokenizerBundle) -> str:
+    """A headline and the plain text of one example, as `sft train` prints it at the start."""
+    shown = show(example, "", bundle)
+    return f"{headline(shown)}\n{plain(shown)}"
+
+
+# Page ---------------------------------------------------------------------------------------------------------------
+
+
+def page(shown: Sequence[Shown], bundle: TokenizerBundle, loaded: LoadedConfig) -> str:
+    """The self-contained page of `--html`. Tokens are data: the page's script makes text nodes of them."""
+    from sft.pages import render_page
+
+    config = loaded.config
+    tokens = sum(example.num_tokens for example in shown)
+    trained = sum(example.example.num_trained for example in shown)
+    return render_page(
+        "preview.html",
+        name=loaded.path.name,
+        model=config.model.name,
+        policy=config.data.train_on,
+        template=bundle.template_name,
+        stops=bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids)),
+        examples=len(shown),
+        tokens=tokens,
+        trained=trained,
+        sources=list(dict.fromkeys(example.data_source for example in shown)),
+        data=[
+            {
+                "source": example.example.source,
+                "path": example.data_source,
+                "trained": example.example.num_trained,
+                "tokens": example.num_tokens,
+                "pieces": [[p.text, list(p.ids), round(p.weight, 4), int(p.special)] for p in example.pieces],
+            }
+            for example in shown
+        ],
+    )
