@@ -141,9 +141,10 @@ def init(
 @guarded
 def check(config: Config, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> int:
     """Preflight in seconds: config, data, template, mask proof, stop tokens, memory, plan of steps."""
+    loaded = load(config, overrides)
     from sft.check import check
 
-    return check(load(config, overrides), as_json=as_json)
+    return check(loaded, as_json=as_json)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -157,18 +158,20 @@ def preview(
     debug: Debug = False,
 ) -> None:
     """Show examples token by token, the trained ones in colour."""
+    loaded = load(config, overrides)
     from sft.preview import preview
 
-    preview(load(config, overrides), n=n, html=html, json_lines=as_json)
+    preview(loaded, n=n, html=html, json_lines=as_json)
 
 
 @app.command(rich_help_panel=BEFORE)
 @guarded
 def prepare(config: Config, overrides: Overrides = None, debug: Debug = False) -> int:
     """Render, prove and tokenise the data once, into a cache keyed by its content."""
+    loaded = load(config, overrides)
     from sft.prepare import prepare_command
 
-    return prepare_command(load(config, overrides))
+    return prepare_command(loaded)
 
 
 @app.command(rich_help_panel=TRAINING)
