@@ -30,7 +30,17 @@ from sft.data.heldout import held_out
 from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
 from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream, to_sample
 from sft.data.sources import read_rows, source_files, source_fingerprint
-from sft.data.store import NOTES, Prepared, Split, StoreWriter, is_published, open_prepared, staged
+from sft.data.store import (
+    NOTES,
+    Prepared,
+    Split,
+    StoreWriter,
+    clear_staged,
+    disk_errors,
+    is_published,
+    open_prepared,
+    staged,
+)
 from sft.errors import DataError
 from sft.tokenizer import TokenizerBundle
 from sft.types import Conversation, Note, Passage, Sample
@@ -65,7 +75,7 @@ def prepare(
     sources = _sources(data)
     repeats = [source.repeat for source in sources]
     if not is_published(path):
-        with _alone(path, say):
+        with disk_errors(path), _alone(path, say):
             if not is_published(path):
                 _build(path, data, bundle, settings, workers, say)
     prepared = open_prepared(path, repeats)
@@ -135,6 +145,7 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                clear_staged(path)
                 break
             except BlockingIOError:
                 if not told:

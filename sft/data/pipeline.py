@@ -159,8 +159,8 @@ def encode_stream(
         stream = itertools.chain(head, stream)
         workers = default_workers() if rows >= SMALL_ROWS else 0
         workers = 0 if workers == 1 else workers
+    encoder = make_encoder()  # with workers too: an error in making it is raised here and not in another process
     if workers == 0:
-        encoder = make_encoder()
         for batch in stream:
             yield batch, encode_batch(encoder, batch)
     else:

@@ -111,26 +111,43 @@ def staged(path: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         flush_to_disk(folder)
+        if path.exists() and not is_published(path):  # damaged after it was published
+            shutil.rmtree(path)
         try:
             folder.rename(path)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_published(path):
                 raise
         flush_to_disk(path.parent)
-    except OSError as error:
-        raise _disk_error(error, path) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _disk_error(error: OSError, path: Path) -> Exception:
-    if error.errno in NO_SPACE:
-        free = shutil.disk_usage(path.parent).free >> 20
-        cure = "Free some, or set the cache to another disk"
-        return DeviceError(f"the disk is full while preparing data in {path.parent} ({free} MiB free). {cure}")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DeviceError(f"cannot write prepared data into {path.parent}: {error.strerror}. Choose another folder")
-    return error
+def clear_staged(path: Path) -> None:
+    """Removes what killed processes left of staging `path`. Only for the holder of its lock."""
+    for folder in path.parent.glob(f".{path.name}.????????"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, or a folder that refuses to be written, into a DeviceError."""
+    try:
+        yield
+    except OSError as error:
+        folder, free = path.parent, ""
+        if error.errno in NO_SPACE:
+            if folder.is_dir():
+                free = f" ({shutil.disk_usage(folder).free >> 20} MiB free)"
+            raise DeviceError(
+                f"no space left for prepared data in {folder}{free}: {error.strerror}. Free some, or choose another "
+                "disk for the cache"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise DeviceError(
+                f"cannot write prepared data into {folder}: {error.strerror}. Choose another folder for the cache"
+            ) from error
+        raise
 
 
 def is_published(path: Path) -> bool:
