@@ -179,7 +179,7 @@ def test_empty_and_blank_content_stays_as_it_is() -> None:
         ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], "messages[1].tool_calls[0]"),
         ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments: malformed JSON"),
         ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}], "arguments = [1]: is a"),
-        ([USER, {**AHOY, "note": {"a": math.inf}}], "messages[1].note = inf"),
+        ([USER, {**AHOY, "note": {"a": math.inf}}], "messages[1].note = Infinity"),
         ([USER, {**AHOY, "note": b"x"}], "is a bytes"),
     ],
 )  # fmt: skip
