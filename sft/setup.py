@@ -83,6 +83,8 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerat
 
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     return Accelerator(
+        # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
+        cpu=not torch.accelerator.is_available(),
         # Autocast is the trainee's; only FSDP needs to know, because it casts what it gathers.
         mixed_precision="bf16" if sharded and precision == "mixed" else "no",
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from sft.data.collate import to_device
 from sft.distributed import sum_over_ranks, wait_for_all
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
 from sft.finish import finish
+from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
 from sft.optim import set_learning_rate
 from sft.resume import RunState, digest_of
@@ -51,6 +52,7 @@ STALL_SECONDS = float(os.environ.get("SFT_STALL_SECONDS", "1800"))
 
 def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> int:
     """Trains until done (0) or stopped on a signal (75). Raises the SftError family for what a user can fix."""
+    become_launcher_where_needed()
     folder = RunFolder(loaded.run_dir)
     with StopRequest() as stop:
         try:
@@ -129,7 +131,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
         # -- one step -------------------------------------------------------------------------------------------------
         watchdog.beat(f"step {data.step}")
         started = time.perf_counter()
-        result = train_step(session, data, stop_requested=stop.requested)
+        result = train_step(session, data, asked_to_stop=lambda: stop.requested)
         seconds = time.perf_counter() - started
         session.state = advance(session.state, data, result, seconds)
         if job.is_first and (is_due(data.step, config.log.every, total) or result.stop):
@@ -174,8 +176,9 @@ class StepResult:
     stop: bool
 
 
-def train_step(session: Session, data: StepData, *, stop_requested: bool = False) -> StepResult:
-    """One optimizer step over this rank's micro-batches of `data`. All ranks decide alike.
+def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
+    """One optimizer step over this rank's micro-batches of `data`. All ranks decide alike, on a stop too: each is
+    asked at the end of its part.
 
     The loss is Σ w·l / Σ w over the whole step: counted first, over all ranks, then divided. Raises DeviceError for
     a loss or gradient that is not finite, unless `train.on_nonfinite` is skip.
@@ -195,7 +198,7 @@ def train_step(session: Session, data: StepData, *, stop_requested: bool = False
     max_norm = config.optim.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(list(job.names), max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    own = [float(total), float(norm), float(stop_requested)]  # the one place where a step waits for its device
+    own = [float(total), float(norm), float(asked_to_stop())]  # the one place where a step waits for its device
     finite = math.isfinite(own[0]) and math.isfinite(own[1])
     loss_all, bad_ranks, stop_ranks = sum_over_ranks([own[0] if finite else 0.0, float(not finite), own[2]], job.device)
     if bad_ranks:
