@@ -210,13 +210,10 @@ def sampling_of(model: Any) -> Sampling:
 def _template_args(path: Path) -> dict[str, Any]:
     """A run folder remembers what training gave to the template."""
     from sft.configfile import load_config
-    from sft.runfolder import RunFolder
+    from sft.runcard import run_of
 
-    for folder in (path, path.parent, path.parent.parent):
-        run = RunFolder(folder)
-        if run.config.is_file() and run.metrics.is_file():
-            return dict(load_config(run.config).config.data.template_args)
-    return {}
+    run = run_of(path)
+    return {} if run is None else dict(load_config(run.config).config.data.template_args)
 
 
 def _lines(terminal: bool) -> Iterator[str]:

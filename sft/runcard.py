@@ -1,4 +1,4 @@
-"""The model card of a run folder, from what the run has recorded."""
+"""A run folder seen from outside: which run a path belongs to, and its model card from what the run has recorded."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
         environment=environment.get("versions"),
         merged=merged,
     )
+
+
+def run_of(path: Path) -> RunFolder | None:
+    """The run that `path` belongs to: itself, its final/, a checkpoint of it or that checkpoint's model/."""
+    for folder in (path, *path.parents[:3]):
+        run = RunFolder(folder)
+        if run.config.is_file() and run.metrics.is_file():
+            return run
+    return None
 
 
 def chosen_step(evaluations: dict[int, dict[str, Any]], best: str | None) -> int:

@@ -1,0 +1,117 @@
+"""`sft eval` on tiny models: the numbers are those of the model's own loss, the faults are named."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chainmodel import make_chain_model
+from conftest import WORDS, make_model
+from transformers import AutoModelForCausalLM
+
+from sft.configfile import LoadedConfig, load_config
+from sft.errors import ConfigError, ModelError
+from sft.evalcommand import evaluate_path, measure
+from sft.prepare import prepare_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+
+
+def write_config(folder: Path, model: Path, *overrides: str) -> LoadedConfig:
+    rng = random.Random(0)
+    rows = [
+        {"messages": [{"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))} for role in roles]}
+        for roles in [("user", "assistant"), ("user", "assistant", "user", "assistant")] * 8
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(
+        f"model: {{name: {model}, tuning: full, precision: fp32}}\n"
+        f"data: {{train: [{folder / 'rows.jsonl'}], eval: 5}}\n"
+        f"run: {{dir: {folder / 'run'}}}\n"
+        "eval: {samples: 2, max_new_tokens: 6}\n"
+    )
+    return load_config(folder / "run.yaml", overrides)
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_the_scores_are_those_of_the_models_own_loss(tmp_path: Path, attention: str) -> None:
+    folder = make_model(tmp_path / "model")
+    loaded = write_config(tmp_path, folder, f"model.attention={attention}", "batch.micro_tokens=64")
+    result = measure(loaded, str(folder), say=silent)
+    _, prepared = prepare_data(loaded, silent)
+    assert prepared.eval is not None
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    total, count = 0.0, 0
+    for index in range(prepared.eval.num_examples):
+        example = prepared.eval.example(index)
+        labels = torch.tensor(example.labels_T, dtype=torch.int64)[None]
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor(example.input_ids_T, dtype=torch.int64)[None], labels=labels).loss
+        trained = int((labels[:, 1:] != -100).sum())
+        total, count = total + loss.item() * trained, count + trained
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert (result["tokens"], result["conversations"]) == (count, 5)
+    assert len(result["samples"]) == 2
+
+
+def test_a_model_that_ends_its_turns_has_a_high_stop_probability(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_chain_model(tmp_path / "model")
+    assert evaluate_path(write_config(tmp_path, folder), str(folder), as_json=True) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["samples"][0]["completion"] == "Oh hello"
+    assert result["samples"][0]["stopped"]
+    assert evaluate_path(write_config(tmp_path, folder), str(folder)) == 0
+    printed = capsys.readouterr().out
+    assert "held out           5 conversations" in printed
+    assert "> Oh hello\n" in printed
+
+
+def test_an_adapter_run_is_found_and_scored(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = make_model(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    final = tmp_path / "run" / "final"
+    peft.save_pretrained(final)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (final / name).write_bytes((folder / name).read_bytes())
+    loaded = write_config(tmp_path, folder, "model.tuning=lora")
+    before, after = (measure(loaded, str(path), say=silent) for path in (folder, tmp_path / "run"))
+    assert before["loss"] != after["loss"]
+    assert before["tokens"] == after["tokens"]
+
+
+def test_faults_are_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"data\.eval: 0 holds out no rows"):
+        measure(write_config(tmp_path, folder, "data.eval=0"), str(folder), say=silent)
+    loaded = write_config(tmp_path, folder)
+    with pytest.raises(ModelError, match="no such run or folder"):
+        measure(loaded, str(loaded.run_dir), say=silent)
+    other = make_model(tmp_path / "other")
+    swap(other / "tokenizer.json", "hello", "world")
+    with pytest.raises(ModelError, match="its tokenizer is not that of the config's model"):
+        measure(loaded, str(other), say=silent)
+
+
+def swap(tokenizer_json: Path, one: str, two: str) -> None:
+    values: Any = json.loads(tokenizer_json.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    tokenizer_json.write_text(json.dumps(values))
