@@ -293,6 +293,6 @@ def _check(spec: Sweep, space: Sequence[Dimension], base: LoadedConfig, tree: Tr
             where = _line(tree, file, "first", index)
             for key, value in point.items():
                 if key not in keys:
-                    raise ConfigError(f"{where}: '{key}' is not in the space.{did_you_mean(key, keys)}")
+                    raise ConfigError(f"{where}: '{key}' is not in the space, which has: {', '.join(keys)}.")
                 if not keys[key].contains(value):
                     raise ConfigError(f"{where}: {key}: {flow(value)} is not in the space: {keys[key].words()}.")
