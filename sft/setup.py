@@ -90,7 +90,7 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerat
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
         ],
         log_with=list(config.log.trackers) or None,
