@@ -102,13 +102,26 @@ def first_on_machine() -> bool:
 def load(config: str, overrides: list[str] | None) -> LoadedConfig:
     """The checked config; keys that are set but never read are named on stderr."""
     from sft.configfile import load_config
-    from sft.hub import hub_names, settle
+    from sft.hub import hub_names
 
     loaded = load_config(config, overrides or ())
-    for warning in (*loaded.unread, settle(hub_names(loaded.config))):
-        if warning and first_on_machine():
-            print(f"warning: {warning}", file=sys.stderr)
+    for warning in loaded.unread:
+        warn(warning)
+    settle_hub(hub_names(loaded.config))
     return loaded
+
+
+def settle_hub(names: list[str]) -> None:
+    """Finds out quickly whether the hub can be reached, where one of the names needs it."""
+    from sft.hub import settle
+
+    if warning := settle(names):
+        warn(warning)
+
+
+def warn(text: str) -> None:
+    if first_on_machine():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -120,10 +133,7 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Look at the data and the model, and print a commented config to start from."""
-    from sft.hub import settle
-
-    if warning := settle([model, data]):
-        print(f"warning: {warning}", file=sys.stderr)
+    settle_hub([model, data])
     from sft.init import suggest_config
 
     if out is None:
@@ -197,12 +207,16 @@ def train(
 @guarded
 def sweep(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file of a sweep.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Override any key of it: trials=40 workers=2"),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Search hyperparameters as a YAML file says; run again, it resumes."""
     from sft.sweep import sweep as run_sweep
 
-    return run_sweep(sweep)
+    return run_sweep(sweep, overrides or ())
 
 
 @app.command("eval", rich_help_panel=AFTER)
@@ -219,7 +233,7 @@ def evaluate(
 ) -> int:
     """Token-weighted loss, perplexity, token accuracy, stop probability, generations."""
     loaded = load(config, overrides)
-    from sft.evaluate import evaluate_path
+    from sft.evalcommand import evaluate_path
 
     return evaluate_path(loaded, model or str(loaded.run_dir), as_json)
 
@@ -231,6 +245,9 @@ def chat(
     debug: Debug = False,
 ) -> int:
     """Talk to a run, an adapter or a model."""
+    from sft.hub import names_behind
+
+    settle_hub(names_behind(path))
     from sft.chat import chat
 
     return chat(path)
@@ -246,6 +263,9 @@ def export(
     debug: Debug = False,
 ) -> int:
     """Write a plain Hugging Face model folder."""
+    from sft.hub import names_behind
+
+    settle_hub(names_behind(run))
     from sft.export import export
 
     return export(run, out=out, merge=merge, push=push)

@@ -7,6 +7,7 @@ local cache. Asked before `huggingface_hub` is imported, which reads `HF_HUB_OFF
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,14 @@ def hub_names(config: Config) -> list[str]:
     if isinstance(config.data.eval, list):
         names += [source.path for source in config.data.eval]
     return [name for name in names if name and not is_local(name)]
+
+
+def names_behind(path: str) -> list[str]:
+    """A model's own name, and that of the base model where it is an adapter or a run that trained one."""
+    folder = Path(path)
+    configs = [place / "adapter_config.json" for place in (folder, folder / "model", folder / "final")]
+    texts = [config.read_text(encoding="utf-8") for config in configs if config.is_file()]
+    return [path, *(found[1] for text in texts if (found := re.search(r'"base_model_name_or_path": "([^"]+)"', text)))]
 
 
 def is_local(name: str) -> bool:

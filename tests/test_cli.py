@@ -62,7 +62,7 @@ def test_a_config_error_imports_nothing_heavy() -> None:
 
 
 def test_help_and_config_errors_are_quick() -> None:
-    """0.3 and 0.5 s are promised on a quiet machine; the best of a few tries in twice the time allows for a busy one."""
+    """Promised: 0.3 and 0.5 s on a quiet machine; the best of four tries in twice the time allows for a busy one."""
     Path("c.yaml").write_text("model: {}\n")
 
     def best(*arguments: str) -> float:
