@@ -67,14 +67,26 @@ class ChatTemplate:
     text: str
     with_tools: str
     variables: Mapping[str, Any] = field(default_factory=dict)
+    parts: bool = False
+    """Whether it reads content as a list of parts, as templates of models that see do."""
 
     def render(
-        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool
+        self,
+        conversations: Sequence[Messages],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        generation_prompt: bool,
+        template: str | None = None,
     ) -> list[str]:
-        """The text of each list of messages. Raises TemplateError with what the template itself objects to."""
+        """The text of each list of messages. Raises TemplateError with what the template itself objects to.
+
+        `template` renders another text in its place, with the same variables.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template = self.with_tools if tools else self.text
+        template = template or (self.with_tools if tools else self.text)
+        if self.parts:
+            conversations = [[in_parts(message) for message in messages] for messages in conversations]
         try:
             rendered: Any = render_jinja_template(
                 conversations=[list(map(dict, messages)) for messages in conversations],
@@ -92,6 +104,12 @@ class ChatTemplate:
             if len(text) > MAX_CHARACTERS:
                 raise TemplateError(f"the template renders {len(text)} characters, more than {MAX_CHARACTERS} allowed")
         return texts
+
+
+def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list with one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
 
 
 def describe(error: Exception) -> str:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def load_tokenizer(
     notes: list[str] = []
     chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
     with deadline(10.0, "the chat template"):
+        chat = fit_content(chat, notes)
         if template.endswith(".jinja"):
             missing = dict.fromkeys(CONTROL_SHAPE.findall(probe(chat)[0]))
             added += add_tokens(tokenizer, tuple(missing))
@@ -88,7 +89,7 @@ def load_tokenizer(
     if template != "model" and closes and "eos_token" not in chat.text and tokenizer.eos_token_id != stop:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
         notes.append(f"the tokenizer's eos_token is now {tokenizer.eos_token}, the template's end of turn")
-        chat = chat_template(tokenizer, template_args or {}, pinned_date, [])
+        chat = replace(chat, variables={**tokenizer.special_tokens_map, **(template_args or {})})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stop)
     return TokenizerBundle(
@@ -162,6 +163,21 @@ def chat_template(
         notes.append(f"the template reads the clock: its date is pinned to {now.date().isoformat()} for this run")
     variables = {**tokenizer.special_tokens_map, **template_args}
     return ChatTemplate(texts[0], texts[1], variables)
+
+
+def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
+    """The template, told to get text as lists of parts where it renders no plain strings. Raises TemplateError."""
+    try:
+        probe(chat)
+    except TemplateError:
+        in_parts = replace(chat, parts=True)
+        try:
+            probe(in_parts)
+        except TemplateError:
+            probe(chat)
+        notes.append("the template reads content as a list of parts: text is given to it as [{type: text, text: …}]")
+        return in_parts
+    return chat
 
 
 def probe(chat: ChatTemplate) -> tuple[str, str]:

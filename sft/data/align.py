@@ -41,19 +41,20 @@ class Aligner:
             return None
         return Cuts([end for end, _ in found], [token for _, token in found], places)
 
-    def prefix_length(self, prompt: str, ids: Sequence[int], cuts: Cuts | None) -> int | None:
-        """How many of `ids` are the prompt's, or None where the prompt's ids are no prefix of them."""
-        if cuts is not None and (length := self.by_cuts(prompt, ids, cuts)) is not None:
+    def prefix_length(self, text: str, prompt_end: int, ids: Sequence[int], cuts: Cuts) -> int | None:
+        """How many of `ids` are those of the prompt `text[:prompt_end]`; None where its ids are no prefix of them."""
+        length = self.by_cuts(text, prompt_end, ids, cuts)
+        if length is not None:
             return length if length >= 0 else None
-        own = encode(self.tokenizer, prompt)
+        own = encode(self.tokenizer, text[:prompt_end])
         return len(own) if list(ids[: len(own)]) == own else None
 
-    def by_cuts(self, prompt: str, ids: Sequence[int], cuts: Cuts) -> int | None:
+    def by_cuts(self, text: str, prompt_end: int, ids: Sequence[int], cuts: Cuts) -> int | None:
         """Length, -1 for no prefix, None for unknown."""
-        last = bisect_right(cuts.ends, len(prompt)) - 1
+        last = bisect_right(cuts.ends, prompt_end) - 1
         if last < 0:
             return None
-        tail = self.tail(cuts.tokens[last], prompt[cuts.ends[last] :])
+        tail = self.tail(cuts.tokens[last], text[cuts.ends[last] : prompt_end])
         if tail is None:
             return None
         start = cuts.places[last] + 1

@@ -94,14 +94,15 @@ def unmark(text: str) -> str:
     return text.replace(OPEN, "").replace(CLOSE, "")
 
 
-def encode_marked(tokenizer: Any, control: ControlTokens, text: str) -> list[int]:
+def encode_marked(tokenizer: Any, control: ControlTokens, text: str, *, behind: bool = False) -> list[int]:
     """Ids of a text with marks: what is marked as ordinary characters, the rest as always.
 
+    `behind`: the text follows another one, rather than beginning a sequence.
     A template's string methods may part two marks; a lone one is dropped, and still breaks the text there.
     Raises DataError where the tokenizer has no other way to write a marked token.
     """
     pieces = control.marked.split(text)
-    ids = encode(tokenizer, pieces[0])
+    ids = encode_after(tokenizer, pieces[0]) if behind else encode(tokenizer, pieces[0])
     for index, piece in enumerate(pieces[1:], start=1):
         if piece:
             ids += as_characters(tokenizer, piece) if index % 2 else encode_after(tokenizer, piece)

@@ -13,41 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft.data.align import Aligner
+from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_marked, unmark
-from sft.data.masking import message_weights, token_weights
+from sft.data.masking import message_weights, token_weights, trained_turns
+from sft.data.outcome import Encoded, EncodeSettings, TooLong, cut_note, listed, refused, spelled_note, too_long
 from sft.data.passage import passage_ids
 from sft.data.proof import AnswerCheck, Decoder, Refusal, same_text, shown
 from sft.data.render import Dicts, Renderer, Turn, message_dicts
 from sft.errors import DataError, TemplateError
 from sft.templating import RENDER_SECONDS, deadline, literals, read_markup
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
-from sft.types import Conversation, Example, Message, Note, Passage, Rendered, Sample, Span
+from sft.types import Conversation, Example, Note, Passage, Rendered, Sample, Span
 
 if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
 
 VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the aligner on this tokenizer and template
 LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """How samples become examples; the keys of `data` of the same names."""
-
-    train_on: str = "auto"
-    max_tokens: int = 2048
-    over_long: str = "drop"
-    control_tokens_in_text: str = "text"
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples of one row, and what is to be said of it. No examples iff a note is `refused` or `dropped`."""
-
-    examples: tuple[Example, ...]
-    notes: tuple[Note, ...]
 
 
 @dataclass(frozen=True)
@@ -128,25 +110,23 @@ class Encoder:
                 else:
                     works[i] = self.open(sample)
             except Refusal as refusal:
-                results[i] = refused(sample.source, refusal)
+                results[i] = refused(sample.source, refusal, self.settings)
         self.tokenize([work for work in works.values() if not work.marked])
         for i, work in works.items():
             try:
                 notes[i] = self.altered(work)
                 with deadline(RENDER_SECONDS, "the chat template"):
                     pieces[i] = self.pieces(work, notes[i])
-            except TooLong as longer:
-                results[i] = too_long(work.sample.source, longer.tokens, self.settings)
             except Refusal as refusal:
-                results[i] = refused(work.sample.source, refusal)
+                results[i] = refused(work.sample.source, refusal, self.settings)
             except TemplateError as error:
-                results[i] = refused(work.sample.source, Refusal("template", str(error)))
+                results[i] = refused(work.sample.source, Refusal("template", str(error)), self.settings)
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
             fault = next((fault for piece in row if (fault := faults.get(id(piece)))), None)
             work = works[i]
             results[i] = (
-                refused(work.sample.source, fault) if fault else self.close(work, row, notes[i])
+                refused(work.sample.source, fault, self.settings) if fault else self.close(work, row, notes[i])
             )
         return [result for result in results if result is not None]
 
@@ -223,10 +203,11 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a rendered text, marked or not. Raises Refusal."""
-        if OPEN not in text:
-            return encode(self.tokenizer, text)
+        return self.marked_ids(text, behind=False) if OPEN in text else encode(self.tokenizer, text)
+
+    def marked_ids(self, text: str, *, behind: bool) -> list[int]:
         try:
-            return encode_marked(self.tokenizer, self.control, text)
+            return encode_marked(self.tokenizer, self.control, text, behind=behind)
         except DataError as error:
             raise Refusal("control_tokens", str(error)) from error
 
@@ -240,34 +221,37 @@ class Encoder:
             if len(piece := self.apart(work, last).rendered.input_ids) > limit:
                 raise TooLong(len(piece))
         turns: list[Turn] = []
-        spans: list[Span] | None = []
+        spans: list[Span] = []
+        together = True
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
         for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.whole):
             turns.append(turn)
-            if spans is not None:
-                span = self.span(work, turn, cuts)
-                spans = None if span is None else [*spans, span]
-            start = spans[-1].start if spans else len(self.ids(turn.prompt)) if len(turns) % 64 == 0 else 0
-            if settings.over_long == "truncate" and start >= limit:
+            span = self.span(work, turn, cuts) if together else None
+            if span is None:
+                together = False
+            else:
+                spans.append(span)
+            if settings.over_long == "truncate" and self.prompt_length(turn, span) >= limit:
                 break  # later prompts hold more messages still
-        if spans is not None:
-            texts = tuple(unmark(turn.answer) for turn in turns)
-            return [Piece(Rendered(tuple(work.ids), tuple(spans)), texts)]
+        if together:
+            return [Piece(Rendered(tuple(work.ids), tuple(spans)), tuple(unmark(turn.answer) for turn in turns))]
         return [self.apart(work, turn) for turn in turns]
 
-    def span(self, work: Work, turn: Turn, cuts: Any) -> Span | None:
+    def prompt_length(self, turn: Turn, span: Span | None) -> int:
+        return span.start if span is not None else len(self.ids(turn.prompt))
+
+    def span(self, work: Work, turn: Turn, cuts: Cuts | None) -> Span | None:
         """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""
-        if not turn.closed or not work.whole.startswith(turn.answer, len(turn.prompt)):
+        if not turn.served_from_whole:
             return None
-        if not work.whole.startswith(turn.prompt):
-            return None
-        if work.marked:
+        assert turn.prompt_end is not None
+        if cuts is not None:
+            start = self.aligner.prefix_length(work.whole, turn.prompt_end, work.ids, cuts)
+            if self.unverified:
+                self.verify(turn, work, start)
+        else:
             prompt = self.ids(turn.prompt)
             start = len(prompt) if work.ids[: len(prompt)] == prompt else None
-        else:
-            start = self.aligner.prefix_length(turn.prompt, work.ids, cuts)
-            if self.unverified and cuts is not None:
-                self.verify(turn, work, start)
         if start is None:
             return None
         stops, number = self.stops, self.renderer.check.count_stops(turn.answer)
@@ -298,11 +282,11 @@ class Encoder:
 
     def answer_ids(self, turn: Turn) -> list[int]:
         """Ids of an answer that decode back to it: as it follows a token, else as it stands alone."""
-        if OPEN in turn.answer:
-            return self.ids("\n" + turn.answer)[len(encode(self.tokenizer, "\n")) :]
-        text = unmark(turn.answer)
-        behind = encode_after(self.tokenizer, turn.answer)
-        return behind if self.decoder([behind])[0] == text else encode(self.tokenizer, turn.answer)
+        text = turn.answer
+        if OPEN in text:
+            return self.marked_ids(text, behind=True)
+        behind = encode_after(self.tokenizer, text)
+        return behind if self.decoder([behind])[0] == text else encode(self.tokenizer, text)
 
     def whole_piece(self, work: Work) -> list[Piece]:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
@@ -379,50 +363,3 @@ class Encoder:
     def over_by_trained(self, pieces: Sequence[Piece]) -> bool:
         """Whether a trained token lies beyond the limit; context behind the last trained turn is no loss."""
         return any(piece.rendered.spans[-1].end > self.settings.max_tokens for piece in pieces)
-
-
-class TooLong(Refusal):
-    def __init__(self, tokens: int) -> None:
-        super().__init__("over_long", str(tokens))
-        self.tokens = tokens
-
-
-def trained_turns(messages: Sequence[Message], weights: Sequence[float]) -> tuple[int, ...]:
-    """Indices of the assistant messages to train. Raises Refusal where nothing or somebody else's words would be."""
-    for i, message in enumerate(messages):
-        if message.train and message.role != "assistant":
-            raise Refusal(
-                "not_trainable",
-                f"message {i} ({message.role}) says train: true, but only assistant turns are trained.",
-            )
-    trained = tuple(i for i, weight in enumerate(weights) if weight > 0 and messages[i].role == "assistant")
-    if not trained:
-        raise Refusal("nothing_trained", "no assistant message is trained: none is there, or train: false or weight: 0")
-    return trained
-
-
-def listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{token} ({count})" for token, count in counts.items())
-
-
-def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
-    return Note(source, "altered", "control_tokens", f"encoded as ordinary characters: {listed(spelled)}")
-
-
-def cut_note(source: str, tokens: int, limit: int) -> Note:
-    what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
-    return Note(source, "cut", "over_long", what)
-
-
-def refused(source: str, refusal: Refusal) -> Encoded:
-    return Encoded((), (Note(source, "refused", refusal.reason, str(refusal)),))
-
-
-def too_long(source: str, tokens: int, settings: EncodeSettings) -> Encoded:
-    """A row beyond max_tokens: dropped, or refused under over_long: error."""
-    detail = f"{tokens} tokens, more than data.max_tokens: {settings.max_tokens}"
-    if settings.over_long == "truncate":
-        detail += ", and no trained token would remain"
-    if settings.over_long == "error":
-        return Encoded((), (Note(source, "refused", "over_long", detail),))
-    return Encoded((), (Note(source, "dropped", "over_long", detail),))

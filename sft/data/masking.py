@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sft.data.proof import Refusal
 from sft.types import Float32Array, Message, Rendered
 
 Weights = tuple[float, ...]
@@ -61,3 +62,17 @@ def token_weights(rendered: Rendered, weights: Sequence[float]) -> Float32Array:
     for span in rendered.spans:
         weights_T[span.start : span.end] = weights[span.message]
     return weights_T
+
+
+def trained_turns(messages: Sequence[Message], weights: Sequence[float]) -> tuple[int, ...]:
+    """Indices of the assistant messages to train. Raises Refusal where nothing or somebody else's words would be."""
+    for i, message in enumerate(messages):
+        if message.train and message.role != "assistant":
+            raise Refusal(
+                "not_trainable",
+                f"message {i} ({message.role}) says train: true, but only assistant turns are trained.",
+            )
+    trained = tuple(i for i, weight in enumerate(weights) if weight > 0 and messages[i].role == "assistant")
+    if not trained:
+        raise Refusal("nothing_trained", "no assistant message is trained: none is there, or train: false or weight: 0")
+    return trained

@@ -70,9 +70,6 @@ def ids_of(tokenizer: Any, control: ControlTokens, text: str, marked: bool, *, b
         return encode_after(tokenizer, text) if behind else encode(tokenizer, text)
     try:
         text = control.mark(text, answer=False)
-        if not behind:
-            return encode_marked(tokenizer, control, text)
-        newline = encode(tokenizer, "\n")
-        return encode_marked(tokenizer, control, "\n" + text)[len(newline) :]
+        return encode_marked(tokenizer, control, text, behind=behind)
     except DataError as error:
         raise Refusal("control_tokens", str(error)) from error

@@ -28,6 +28,7 @@ class Refusal(SftError):
 
 def shown(text: str) -> str:
     """A text for a message: quoted, its middle cut out."""
+    text = text.replace("\U000f5f7c", "").replace("\U000f5f7d", "")  # marks of control tokens
     return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}")
 
 

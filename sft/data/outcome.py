@@ -1,0 +1,67 @@
+"""What becomes of a row: settings that decide it, examples or the reason why there are none, and the notes about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft.data.proof import Refusal
+from sft.types import Example, Note
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How samples become examples; the keys of `data` of the same names."""
+
+    train_on: str = "auto"
+    max_tokens: int = 2048
+    over_long: str = "drop"
+    control_tokens_in_text: str = "text"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples of one row, and what is to be said of it. No examples iff a note is `refused` or `dropped`."""
+
+    examples: tuple[Example, ...]
+    notes: tuple[Note, ...]
+
+
+class TooLong(Refusal):
+    """A row known to be too long before all of it was rendered."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__("over_long", f"{tokens} tokens")
+        self.tokens = tokens
+
+
+def refused(source: str, refusal: Refusal, settings: EncodeSettings) -> Encoded:
+    """A row that cannot be trained; `data.on_bad_row` decides what that means."""
+    if isinstance(refusal, TooLong):
+        return too_long(source, refusal.tokens, settings)
+    return Encoded((), (Note(source, "refused", refusal.reason, str(refusal)),))
+
+
+def too_long(source: str, tokens: int, settings: EncodeSettings) -> Encoded:
+    """A row beyond max_tokens: dropped, or refused under over_long: error."""
+    detail = f"{tokens} tokens, more than data.max_tokens: {settings.max_tokens}"
+    if settings.over_long == "truncate":
+        detail += ", and no trained token would remain"
+    if settings.over_long == "error":
+        return Encoded((), (Note(source, "refused", "over_long", detail),))
+    return Encoded((), (Note(source, "dropped", "over_long", detail),))
+
+
+def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
+    return Note(source, "altered", "control_tokens", f"encoded as ordinary characters: {listed(spelled)}")
+
+
+def cut_note(source: str, tokens: int, limit: int) -> Note:
+    what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
+    return Note(source, "cut", "over_long", what)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} ({count})" for token, count in counts.items())
