@@ -28,7 +28,7 @@ _GUARD_SECONDS = 60
 Guard = Callable[[], AbstractContextManager[None]]
 
 
-class _JournalLock(JournalFileSymlinkLock):  # type: ignore[misc]
+class _JournalLock:
     """Optuna's own lock of a journal, behind a kernel lock that dies with its holder.
 
     Whoever holds the kernel lock and still meets a symlink lock knows that its owner is dead, or a dashboard that
@@ -36,18 +36,18 @@ class _JournalLock(JournalFileSymlinkLock):  # type: ignore[misc]
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), grace_period=3)
+        self._inner = JournalFileSymlinkLock(str(path), grace_period=3)
         self._path = path.with_name(path.name + ".flock")
         self._descriptor = -1
 
     def acquire(self) -> bool:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        return bool(super().acquire())
+        return bool(self._inner.acquire())
 
     def release(self) -> None:
         try:
-            super().release()
+            self._inner.release()
         finally:
             os.close(self._descriptor)
 
