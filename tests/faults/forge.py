@@ -1,0 +1,151 @@
+"""A process that has imported everything once and forks a fresh `sft` for each request: a second a run, not ten.
+
+Reads one JSON request a line: `{"argv": [...], "env": {...}, "out": FILE, "faults": [...], "cwd": DIR}` answers with
+the child's pid; `{"poll": PID}` answers with its exit status (negative: the signal), or null while it runs.
+The forked process is as fresh as one that a shell starts: nothing was computed before the fork, no thread was started.
+
+A fault is `{"where": "sft.module:Name.function", "call": N, "when": "before" | "after", "what": ...}`: the function
+is wrapped in the child, and at its N-th call the fault happens. The product knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+HEAVY = (
+    "torch", "transformers", "accelerate", "peft", "safetensors.torch", "datasets", "torch.nn.parallel",
+    "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "sft.__main__", "sft.train",
+)  # fmt: skip
+
+
+def answer(value: object) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def strike(what: str) -> None:
+    """The faults."""
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what == "stall":
+        time.sleep(600)
+    elif what == "raise":
+        raise RuntimeError("injected fault")
+    elif what == "disk full":
+        raise OSError(28, "No space left on device", "injected")
+    elif what == "out of memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (injected)")
+    else:
+        raise AssertionError(what)
+
+
+def plant(fault: dict[str, Any]) -> None:
+    module_name, _, path = fault["where"].partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        now = calls == fault["call"] or fault["call"] == 0
+        if now and fault["when"] == "before":
+            strike(fault["what"])
+        if now and fault["when"] == "result":
+            return tamper(function(*args, **kwargs), fault["what"])
+        result = function(*args, **kwargs)
+        if now and fault["when"] == "after":
+            strike(fault["what"])
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def tamper(value: Any, what: str) -> Any:
+    """Change what a function returns: non-finite numbers, and restored state that is a little wrong."""
+    import torch
+
+    if what in ("nan", "inf"):
+        return value * float(what)
+    if what == "last bit":  # of the first float tensor
+        name = sorted(key for key in value if value[key].is_floating_point() and value[key].numel() > 1)[0]
+        flat = value[name].view(-1)
+        flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf")))
+        return value
+    if what == "zero":
+        return 0
+    raise AssertionError(what)
+
+
+def child(request: dict[str, Any]) -> NoReturn:
+    os.setsid()
+    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(request.get("env", {}))
+    os.chdir(request.get("cwd", "."))
+    code = 70
+    try:
+        for fault in request.get("faults", []):
+            plant(fault)
+        from sft.__main__ import main
+
+        sys.argv = ["sft", *request["argv"]]
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """As the interpreter would: threads that are not daemons are waited for, streams are flushed."""
+    import threading
+
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    for name in HEAVY:
+        importlib.import_module(name)
+    answer("ready")
+    children: dict[int, int | None] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid = request["poll"]
+            if children[pid] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    children[pid] = os.waitstatus_to_exitcode(status)
+            answer(children[pid])
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        children[pid] = None
+        answer(pid)
+
+
+if __name__ == "__main__":
+    main()

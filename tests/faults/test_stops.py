@@ -1,0 +1,170 @@
+"""Signals in every phase, and one rank's trouble that ends the whole job in bounded time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import Fault, Job, fault, shared
+
+from sft.checkpoint import step_of, verify
+
+STEP = "sft.train:train_step"
+
+PHASES = {
+    "preparing": (fault("sft.data.loader:prepare", 1, "SIGTERM"), None),
+    "loading the model": (fault("sft.setup:load_base", 1, "SIGTERM"), 1),
+    "the first evaluation": (fault("sft.session:Session.evaluate", 1, "SIGTERM"), 1),
+    "a step": (fault(STEP, 3, "SIGINT"), 3),
+    "an evaluation": (fault("sft.session:Session.evaluate", 2, "SIGTERM"), 5),
+    "a save": (fault("sft.checkpoint:_seal", 1, "SIGTERM"), None),
+    "the last step": (fault(STEP, 8, "SIGTERM"), None),
+}
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=[] if p in ("preparing", "an evaluation") else pytest.mark.slow) for p in PHASES]
+)
+def test_a_signal_in_any_phase(tmp_path: Path, phase: str) -> None:
+    job = Job(tmp_path)
+    struck, at_step = PHASES[phase]
+    outcome = job.run(faults=[struck])
+    if phase == "the last step":  # nothing was left to stop
+        assert outcome.codes == [0], outcome.output
+        return
+    assert outcome.codes == [75], outcome.output
+    assert re.search(r"SIGTERM|SIGINT", outcome.output)
+    assert (job.status["state"], job.status["code"]) == ("stopped", 75)
+    if at_step is not None:
+        assert job.status["step"] == at_step
+        assert step_of(job.checkpoints[0]) == at_step
+    for checkpoint in job.checkpoints:
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("where", [STEP, pytest.param("sft.checkpoint:_seal", marks=pytest.mark.slow)])
+def test_a_second_signal_ends_at_once_and_leaves_the_older_checkpoint(tmp_path: Path, where: str) -> None:
+    """The process hangs, in a step or inside the second save; it is asked, and asked again."""
+    job = Job(tmp_path)
+    call = 4 if where == STEP else 2
+    run = job.start(faults=[fault(where, call, "stall")])
+    job.wait_for_step(3)
+    time.sleep(0.5)
+    run.signal(signal.SIGTERM)
+    time.sleep(2.3)
+    asked = time.monotonic()
+    run.signal(signal.SIGTERM)
+    outcome = run.wait()
+    assert time.monotonic() - asked < 5
+    assert outcome.codes == [75], outcome.output
+    assert "ending at once" in outcome.output
+    assert [step_of(path) for path in job.checkpoints] == [2]
+    verify(job.checkpoints[0])
+
+
+TROUBLE: dict[str, tuple[Fault, str]] = {
+    "an exception": (fault(STEP, 3, "raise"), "injected fault"),
+    "out of memory": (fault(STEP, 3, "out of memory"), "out of memory"),
+    "killed": (fault(STEP, 3, "SIGKILL"), ""),
+    "a crash": (fault(STEP, 3, "SIGSEGV"), ""),
+    "a stall": (fault(STEP, 3, "stall"), "no progress"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("an exception", 1),
+        *(
+            pytest.param(kind, rank, marks=pytest.mark.slow)
+            for kind in TROUBLE
+            for rank in (0, 1)
+            if (kind, rank) != ("an exception", 1)
+        ),
+    ],
+)
+def test_one_rank_in_trouble_ends_all(tmp_path: Path, kind: str, rank: int) -> None:
+    job = Job(tmp_path)
+    struck, told = TROUBLE[kind]
+    outcome = job.run(world=2, faults={rank: [struck]}, env={"SFT_STALL_SECONDS": "5"})
+    assert 0 not in outcome.codes
+    assert outcome.seconds < 45
+    if told:
+        assert told in outcome.outputs[rank]
+        assert outcome.output.count(f"error: {told}") <= 1
+        assert job.status["state"] == "failed" or kind == "a stall"
+    assert [step_of(path) for path in job.checkpoints] == [2]
+    verify(job.checkpoints[0])
+
+
+@pytest.mark.parametrize(
+    "where", ["sft.session:write_tensors", pytest.param("sft.checkpoint:_seal", marks=pytest.mark.slow)]
+)
+def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(tmp_path: Path, where: str) -> None:
+    job = Job(tmp_path)
+    outcome = job.run(faults=[fault(where, 2, "disk full")])
+    assert outcome.codes == [2], outcome.output
+    assert "disk full while saving" in outcome.output
+    assert "missing" in outcome.output
+    assert "step-00000002 is whole" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert job.status["state"] == "failed"
+    assert [step_of(path) for path in job.checkpoints] == [2]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes below `launcher` that train."""
+    import psutil
+
+    below = psutil.Process(launcher).children(recursive=True)
+    return [p.pid for p in below if "-m" in p.cmdline() and "sft" in p.cmdline() and "launch" not in p.cmdline()]
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "accelerate, two": [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
+    "accelerate, one": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+    "none": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("target", ["launcher", "a rank"])
+def test_under_real_launchers(tmp_path: Path, launcher: str, target: str) -> None:
+    """SIGTERM to the launcher, or to its last rank alone: a published checkpoint, code 75, and a resume."""
+    job = Job(tmp_path, "train.epochs=2000")
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "sft", "train", str(job.config), *job.overrides]
+    environment = {
+        **os.environ, "SFT_CACHE": str(shared() / "cache"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with open(tmp_path / "out.txt", "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=tmp_path)
+        try:
+            job.wait_for_step(5, timeout=90)
+            os.kill(process.pid if target == "launcher" or launcher == "none" else ranks_of(process.pid)[-1], 15)
+            process.wait(40)
+            deadline = time.monotonic() + 30
+            while job.status["state"] == "running" and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            process.kill()
+    assert (job.status["state"], job.status["code"]) == ("stopped", 75), (tmp_path / "out.txt").read_text()
+    assert step_of(job.checkpoints[0]) == job.status["step"]
+    assert [e["step"] for e in job.events if e["event"] == "train"][-1] == job.status["step"]
