@@ -14,6 +14,7 @@ from typing import Any
 
 from sft.errors import EXIT_DONE, ModelError, SftError
 from sft.generate import GREEDY, Sampling, complete
+from sft.hush import hush_libraries
 
 MAX_NEW_TOKENS = 1024
 ROOM_FOR_AN_ANSWER = 16  # tokens; a longer conversation loses its oldest turns first
@@ -23,6 +24,7 @@ HELP = "/system TEXT sets a system prompt, /reset forgets the conversation, /qui
 
 def chat(path: str) -> int:
     """Talks until the input ends. Raises ModelError where there is no model or it has no chat template."""
+    hush_libraries()
     model, tokenizer, template_args = open_model(path)
     terminal = sys.stdin.isatty()
     talk = Talk(

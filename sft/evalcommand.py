@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import EXIT_DONE, ConfigError, ModelError
+from sft.hush import hush_libraries
 from sft.runcard import run_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def evaluate_path(loaded: LoadedConfig, model: str, as_json: bool = False) -> in
 
     Raises ConfigError where nothing is held out, ModelError where the model does not load or reads other tokens.
     """
+    hush_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
     result = measure(loaded, model, say=_note if first else lambda text: None)
     if first:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import EXIT_DONE, ModelError
+from sft.hush import hush_libraries
 from sft.modelcard import is_hub_id
 from sft.pickles import is_pickle_name, refuse_pickled_weights
 
@@ -34,6 +35,7 @@ def export(run: str, *, out: Path | str, merge: bool = False, push: str | None =
     Raises ModelError where there is nothing to export, `out` is taken, the written folder does not give the run's
     logits, or the upload is refused.
     """
+    hush_libraries()
     source, target = find_weights(run), Path(out)
     _refuse_taken(target)
     if push is not None:

@@ -1,0 +1,19 @@
+"""Keeps libraries from talking over what a command says: their progress bars, and what they tell each other."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+
+def hush_libraries() -> None:
+    """Call once, after the command line is read. Warnings that a user could act on still show."""
+    from transformers.utils import logging as transformers_logging
+
+    disable: Any = transformers_logging.disable_progress_bar
+    disable()
+    # names that transformers deprecates and PEFT still uses: nothing that a user of this program could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # bitsandbytes says on import that an optional package of faster CPU kernels is missing
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
