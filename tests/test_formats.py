@@ -131,6 +131,8 @@ def test_parts_of_text_are_joined() -> None:
     assert conversation("messages", messages=[USER, {"role": "assistant", "content": parts}]).messages[1] == Message(
         "assistant", "Ahoy"
     )
+    bare = {"role": "user", "content": ["A"]}
+    assert "content[0] = A: expected {type: text" in refused("messages", messages=[bare, AHOY])
     image = [{"type": "image_url", "image_url": "x"}]
     assert "messages[0].content[0]" in refused("messages", messages=[{"role": "user", "content": image}, AHOY])
 
@@ -253,6 +255,7 @@ def test_alpaca() -> None:
         ({"instruction": "Greet"}, "output: text is missing"),
         ({"instruction": "Greet", "output": None}, "output: text is missing"),
         ({"instruction": "Greet", "output": 3}, "output = 3: is a number"),
+        ({"instruction": "Greet", "output": ["x", "y"]}, 'output = ["x", "y"]: is a list'),
         ({"instruction": "Greet", "output": "x", "history": [["a"]]}, "history[0]"),
         ({"instruction": "Greet", "output": "x", "input": {}}, "input"),
     ],

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 
 from sft.config import Config
 from sft.data import store as store_module
-from sft.data.encode import Encoder, EncodeSettings
+from sft.data.encode import Encoder
 from sft.data.formats import FORMATS
 from sft.data.heldout import MOST_ROWS, content_hash, held_out
 from sft.data.ledger import histogram
 from sft.data.loader import Prepared, cache_key, encode_settings, prepare
+from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import RowBatch, encode_stream
 from sft.data.readers import Row
 from sft.data.sources import read_rows

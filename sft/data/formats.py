@@ -124,9 +124,7 @@ def prompt_completion(row: Row) -> Sample:
         if value is None:
             raise fail(row.source, key, value, "is missing", _seen(row))
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Passage(
-            text_of(row.source, "prompt", prompt), text_of(row.source, "completion", completion), row.source
-        )
+        return Passage(text_of(row.source, "prompt", prompt), text_of(row.source, "completion", completion), row.source)
     if isinstance(prompt, str) or isinstance(completion, str):
         kinds = f"prompt is {name_of(prompt)} and completion is {name_of(completion)}"
         raise fail(row.source, "prompt", prompt, kinds, "Make both text, or both lists of {role, content}")
@@ -180,4 +178,3 @@ FORMATS: dict[str, Callable[[Row], Sample]] = {
     "prompt_completion": prompt_completion,
     "text": text,
 }
-

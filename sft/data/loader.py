@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import heapq
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,12 @@ from typing import Any
 import numpy as np
 
 from sft.config import Config, Data, Source
-from sft.data.encode import Encoder, EncodeSettings
+from sft.data.encode import Encoder
 from sft.data.heldout import held_out
 from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
-from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream, to_sample
+from sft.data.outcome import EncodeSettings
+from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream
+from sft.data.samples import Picks, pick_samples
 from sft.data.sources import read_rows, source_files, source_fingerprint
 from sft.data.store import (
     NOTES,
@@ -43,15 +44,9 @@ from sft.data.store import (
 )
 from sft.errors import DataError
 from sft.tokenizer import TokenizerBundle
-from sft.types import Conversation, Note, Passage, Sample
 
 __all__ = ["Prepared", "Split", "cache_key", "prepare"]
 
-SAMPLES = 16
-CANDIDATES = 64
-"""Rows kept in mind for samples; some turn out to be cut, or to have no prompt."""
-LARGE_ROW = 100_000
-"""Bytes; a larger row makes no sample worth reading, and many of them would fill the memory."""
 SAY_SECONDS = 10.0
 
 
@@ -186,7 +181,7 @@ def _build(
             report["formats"] = formats[0]
             report["stop_tokens"] = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
             report["template"] = bundle.template_name
-            writer.finish(report, _samples(writer, ledger, picks))
+            writer.finish(report, pick_samples(writer, ledger, picks))
         finally:
             writer.close()
             ledger.close()
@@ -200,10 +195,10 @@ def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
 def _encode_all(
     writer: StoreWriter, ledger: Ledger, data: Data, bundle: TokenizerBundle, settings: EncodeSettings,
     workers: int | None, say: Callable[[str], None],
-) -> tuple[_Picks, tuple[dict[str, str], dict[int, set[str]]]]:  # fmt: skip
+) -> tuple[Picks, tuple[dict[str, str], dict[int, set[str]]]]:  # fmt: skip
     """Reads, encodes and stores every row of every source, in order."""
     dealer = Dealer(_few(say), {})
-    picks = _Picks(len(data.train))
+    picks = Picks(len(data.train))
     formats: dict[int, set[str]] = {}
     batches = chain.from_iterable(
         dealer.deal(read_rows(source.path, **_settings_of(source)), origin, source.format)
@@ -237,7 +232,7 @@ def _few(say: Callable[[str], None], most: int = 10) -> Callable[[str], None]:
 
 
 def _store(
-    writer: StoreWriter, ledger: Ledger, batch: RowBatch, encoded: EncodedBatch, picks: _Picks,
+    writer: StoreWriter, ledger: Ledger, batch: RowBatch, encoded: EncodedBatch, picks: Picks,
     say_bad: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     ledger.rows[batch.origin] += len(batch.rows)
@@ -297,96 +292,6 @@ def _split(writer: StoreWriter, ledger: Ledger, data: Data, paths: Sequence[str]
             listed = ", ".join(paths[o] for o in origins)
             raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). Check data.max_tokens")
     writer.append(train=trained, eval=scored)
-
-
-class _Picks:
-    """Remembers rows for samples, chosen by content: of train sources the smallest hashes (which are held out first)
-    and the largest (which are trained), of eval sources the smallest."""
-
-    def __init__(self, num_train: int) -> None:
-        self._num_train = num_train
-        self._heaps: dict[str, list[tuple[int, int, RowBatch]]] = {"low": [], "high": [], "own": []}
-
-    def offer(self, content: int, conversation: int, batch: RowBatch, row: int) -> None:
-        """Each heap keeps its CANDIDATES largest keys; ties go to the earlier row."""
-        if getattr(batch.rows[row], "size", 0) > LARGE_ROW:
-            return
-        names = ("low", "high") if batch.origin < self._num_train else ("own",)
-        for name in names:
-            key = content if name == "high" else -content
-            heap = self._heaps[name]
-            if len(heap) < CANDIDATES:
-                heapq.heappush(heap, (key, -conversation, _alone_in(batch, row)))
-            elif (key, -conversation) > heap[0][:2]:
-                heapq.heapreplace(heap, (key, -conversation, _alone_in(batch, row)))
-
-    def samples(self, wanted: set[int]) -> Iterator[tuple[int, Sample]]:
-        """(conversation, sample) of the wanted conversations, each once, in the order of their hashes."""
-        seen: set[int] = set()
-        for heap in self._heaps.values():
-            for _, negative, batch in sorted(heap, key=lambda entry: entry[:2], reverse=True):
-                conversation = -negative
-                if conversation in wanted and conversation not in seen:
-                    seen.add(conversation)
-                    sample = to_sample(batch.rows[0], batch)
-                    assert not isinstance(sample, Note)
-                    yield conversation, sample
-
-
-def _alone_in(batch: RowBatch, row: int) -> RowBatch:
-    """The batch with that row only, so that the others can be forgotten."""
-    return dataclasses.replace(batch, rows=[batch.rows[row]])
-
-
-def _samples(writer: StoreWriter, ledger: Ledger, picks: _Picks) -> dict[str, list[dict[str, Any]]]:
-    """Up to SAMPLES of each side that were not cut."""
-    cut = ledger.conversations_noted("cut")
-    made: dict[str, list[dict[str, Any]]] = {}
-    example_starts = np.concatenate([[0], np.cumsum(writer.read("examples"), dtype=np.int64)])
-    token_starts = np.concatenate([[0], np.cumsum(writer.read("lengths"), dtype=np.int64)])
-    for side in ("train", "eval"):
-        made[side] = []
-        for conversation, sample in picks.samples(set(writer.read(side).tolist()) - cut):
-            last = int(example_starts[conversation + 1]) - 1
-            tokens = slice(int(token_starts[last]), int(token_starts[last + 1]))
-            record = sample_record(sample, writer.read("ids")[tokens], writer.read("weights")[tokens])
-            if record and len(made[side]) < SAMPLES:
-                made[side].append(record)
-    return made
-
-
-def sample_record(sample: Sample, ids_T: Any, weights_T: Any) -> dict[str, Any] | None:
-    """The prompt of the last trained answer, as ids and as messages, and the answer. None without a prompt."""
-    trained = np.flatnonzero(weights_T)
-    if not len(trained):
-        return None
-    gaps = np.flatnonzero(np.diff(trained) > 1)
-    start = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
-    prompt_ids = [int(token) for token in ids_T[:start]]
-    if not prompt_ids:
-        return None
-    if isinstance(sample, Passage):
-        texts = {"prompt": sample.prompt, "reference": sample.completion}
-        return {"source": sample.source, "messages": [], "tools": [], "prompt_ids": prompt_ids, **texts}
-    last = _last_trained(sample)
-    if last is None:
-        return None
-    return {
-        "source": sample.source,
-        "messages": [message.as_dict() for message in sample.messages[:last]],
-        "tools": [dict(tool) for tool in sample.tools],
-        "prompt_ids": prompt_ids,
-        "reference": sample.messages[last].content,
-    }
-
-
-def _last_trained(conversation: Conversation) -> int | None:
-    """The last assistant message, where it is trained."""
-    for index in range(len(conversation.messages) - 1, -1, -1):
-        message = conversation.messages[index]
-        if message.role == "assistant":
-            return index if message.train is not False and message.weight > 0 else None
-    return None
 
 
 def _say_result(prepared: Prepared, say: Callable[[str], None]) -> None:

@@ -54,15 +54,20 @@ def as_list(source: str, where: str, value: Any, *, empty: bool = False) -> list
 
 
 def text_of(source: str, where: str, value: Any) -> str:
-    """Text that can be encoded as UTF-8; a list of `{"type": "text", "text": …}` is joined."""
-    if isinstance(value, list):
-        value = "".join(_part(source, f"{where}[{i}]", part) for i, part in enumerate(value))
+    """Text that can be encoded as UTF-8."""
     if not isinstance(value, str):
         problem = "is null" if value is None else f"is {name_of(value)}, expected text"
         raise fail(source, where, value, problem, "Write text in quotes, or remove the row")
     if not value.isascii():
         _check_utf8(source, where, value)
     return value
+
+
+def content_of(source: str, where: str, value: Any) -> str:
+    """The text of a message; a list of `{"type": "text", "text": …}` is joined."""
+    if isinstance(value, list):
+        value = "".join(_part(source, f"{where}[{i}]", part) for i, part in enumerate(value))
+    return text_of(source, where, value)
 
 
 def _check_utf8(source: str, where: str, value: str) -> None:
@@ -78,8 +83,6 @@ def _check_utf8(source: str, where: str, value: str) -> None:
 
 
 def _part(source: str, where: str, part: Any) -> str:
-    if isinstance(part, str):
-        return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(part.get("text"), str):
         raise fail(source, where, part, "expected {type: text, text: …}", "Only text can be trained")
@@ -110,7 +113,7 @@ def to_message(source: str, where: str, turn: Any) -> Message:
         content = json.dumps(_plain(source, f"{where}.content", content), ensure_ascii=False)
     return Message(
         cast(Role, role),
-        text_of(source, f"{where}.content", content),
+        content_of(source, f"{where}.content", content),
         extra,
         _train(source, where, turn.get("train")),
         _weight(source, where, turn.get("weight")),

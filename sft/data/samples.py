@@ -1,0 +1,111 @@
+"""A few conversations of each side, kept to be answered at evaluations and to check what the saved model is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sft.data.ledger import Ledger
+from sft.data.pipeline import RowBatch, to_sample
+from sft.data.store import StoreWriter
+from sft.types import Conversation, Note, Passage, Sample
+
+SAMPLES = 16
+CANDIDATES = 64
+"""Rows kept in mind for samples; some turn out to be cut, or to have no prompt."""
+LARGE_ROW = 100_000
+"""Bytes; a larger row makes no sample worth reading, and many of them would fill the memory."""
+
+
+class Picks:
+    """Remembers rows for samples, chosen by content: of train sources the smallest hashes (which are held out first)
+    and the largest (which are trained), of eval sources the smallest."""
+
+    def __init__(self, num_train: int) -> None:
+        self._num_train = num_train
+        self._heaps: dict[str, list[tuple[int, int, RowBatch]]] = {"low": [], "high": [], "own": []}
+
+    def offer(self, content: int, conversation: int, batch: RowBatch, row: int) -> None:
+        """Each heap keeps its CANDIDATES largest keys; ties go to the earlier row."""
+        if getattr(batch.rows[row], "size", 0) > LARGE_ROW:
+            return
+        names = ("low", "high") if batch.origin < self._num_train else ("own",)
+        for name in names:
+            key = content if name == "high" else -content
+            heap = self._heaps[name]
+            if len(heap) < CANDIDATES:
+                heapq.heappush(heap, (key, -conversation, _alone_in(batch, row)))
+            elif (key, -conversation) > heap[0][:2]:
+                heapq.heapreplace(heap, (key, -conversation, _alone_in(batch, row)))
+
+    def samples(self, wanted: set[int]) -> Iterator[tuple[int, Sample]]:
+        """(conversation, sample) of the wanted conversations, each once, in the order of their hashes."""
+        seen: set[int] = set()
+        for heap in self._heaps.values():
+            for _, negative, batch in sorted(heap, key=lambda entry: entry[:2], reverse=True):
+                conversation = -negative
+                if conversation in wanted and conversation not in seen:
+                    seen.add(conversation)
+                    sample = to_sample(batch.rows[0], batch)
+                    assert not isinstance(sample, Note)
+                    yield conversation, sample
+
+
+def _alone_in(batch: RowBatch, row: int) -> RowBatch:
+    """The batch with that row only, so that the others can be forgotten."""
+    return dataclasses.replace(batch, rows=[batch.rows[row]])
+
+
+def pick_samples(writer: StoreWriter, ledger: Ledger, picks: Picks) -> dict[str, list[dict[str, Any]]]:
+    """Up to SAMPLES of each side that were not cut."""
+    cut = ledger.conversations_noted("cut")
+    made: dict[str, list[dict[str, Any]]] = {}
+    example_starts = np.concatenate([[0], np.cumsum(writer.read("examples"), dtype=np.int64)])
+    token_starts = np.concatenate([[0], np.cumsum(writer.read("lengths"), dtype=np.int64)])
+    for side in ("train", "eval"):
+        made[side] = []
+        for conversation, sample in picks.samples(set(writer.read(side).tolist()) - cut):
+            last = int(example_starts[conversation + 1]) - 1
+            tokens = slice(int(token_starts[last]), int(token_starts[last + 1]))
+            record = sample_record(sample, writer.read("ids")[tokens], writer.read("weights")[tokens])
+            if record and len(made[side]) < SAMPLES:
+                made[side].append(record)
+    return made
+
+
+def sample_record(sample: Sample, ids_T: Any, weights_T: Any) -> dict[str, Any] | None:
+    """The prompt of the last trained answer, as ids and as messages, and the answer. None without a prompt."""
+    trained = np.flatnonzero(weights_T)
+    if not len(trained):
+        return None
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    start = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+    prompt_ids = [int(token) for token in ids_T[:start]]
+    if not prompt_ids:
+        return None
+    if isinstance(sample, Passage):
+        texts = {"prompt": sample.prompt, "reference": sample.completion}
+        return {"source": sample.source, "messages": [], "tools": [], "prompt_ids": prompt_ids, **texts}
+    last = _last_trained(sample)
+    if last is None:
+        return None
+    return {
+        "source": sample.source,
+        "messages": [message.as_dict() for message in sample.messages[:last]],
+        "tools": [dict(tool) for tool in sample.tools],
+        "prompt_ids": prompt_ids,
+        "reference": sample.messages[last].content,
+    }
+
+
+def _last_trained(conversation: Conversation) -> int | None:
+    """The last assistant message, where it is trained."""
+    for index in range(len(conversation.messages) - 1, -1, -1):
+        message = conversation.messages[index]
+        if message.role == "assistant":
+            return index if message.train is not False and message.weight > 0 else None
+    return None
