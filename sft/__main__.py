@@ -120,8 +120,10 @@ def settle_hub(names: list[str]) -> None:
 
 
 def warn(text: str) -> None:
+    from sft.secrets import mask_secrets
+
     if first_on_machine():
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {mask_secrets(text)}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=BEFORE)

