@@ -45,6 +45,7 @@ def evaluate_path(loaded: LoadedConfig, model: str, as_json: bool = False) -> in
 def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     """The scores and samples as plain values: model, conversations, loss, perplexity, token_accuracy,
     stop_probability, tokens (trained ones), dtype, samples."""
+    import torch
     from accelerate import PartialState
 
     from sft.prepare import prepare_data
@@ -59,7 +60,8 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
         raise ConfigError(
             f"data.eval: {config.data.eval} holds out no rows of this data. Say data.eval=0.2, or a number."
         )
-    state = PartialState()
+    # without a GPU, accelerate starts a process group only where it is told so
+    state = PartialState(cpu=not torch.accelerator.is_available())
     trainee, flat_rows = load(loaded, model, bundle, state.device, say)
     micro_tokens = config.batch.micro_tokens
     if micro_tokens == "auto":
@@ -70,12 +72,16 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     )  # fmt: skip
     samples = prepared.eval.samples[: config.eval.samples] if state.is_main_process else []
     dtype = str(trainee.causal.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    answers = answer(trainee, bundle, samples, state.device, config.eval.max_new_tokens)
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
     return {
         "model": model,
         "conversations": prepared.eval.num_conversations,
         **scores,
         "dtype": f"{dtype}, computing in bfloat16" if trainee.autocast else dtype,
-        "samples": answer(trainee, bundle, samples, state.device, config.eval.max_new_tokens),
+        "samples": answers,
     }
 
 

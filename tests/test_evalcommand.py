@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,28 @@ def test_an_adapter_run_is_found_and_scored(tmp_path: Path) -> None:
     before, after = (measure(loaded, str(path), say=silent) for path in (folder, tmp_path / "run"))
     assert before["loss"] != after["loss"]
     assert before["tokens"] == after["tokens"]
+
+
+@pytest.mark.dist
+def test_two_processes_score_each_conversation_once(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    alone = measure(write_config(tmp_path, folder), str(folder), say=silent)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom sft.configfile import load_config\nfrom sft.evalcommand import evaluate_path\n"
+        "sys.exit(evaluate_path(load_config(sys.argv[1]), sys.argv[2], as_json=True))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0"]
+    result = subprocess.run(
+        [*launch, str(program), str(tmp_path / "run.yaml"), str(folder)], capture_output=True, text=True, timeout=240,
+        check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    together = json.loads(result.stdout)
+    assert (together["tokens"], together["samples"]) == (alone["tokens"], alone["samples"])
+    for key in ("loss", "token_accuracy", "stop_probability"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-6)
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
