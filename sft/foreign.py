@@ -9,8 +9,8 @@ from __future__ import annotations
 
 _STEP = "it counts conversations an optimizer step sees over all devices: per-device batch x accumulation x devices"
 _MICRO = "tokens, not rows, in one forward pass; results do not depend on it, and 'auto' measures it"
-_PACKING = "nothing to set: examples always lie joined without padding and never see each other, batch sizes unchanged"
-_LAYOUT = "that is the launcher's: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m sft train CONFIG"
+_PACKING = "there is nothing to set: examples always lie joined without padding and never see each other, batch sizes unchanged"
+_LAYOUT = "the launcher says it: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m sft train CONFIG"
 
 # ours (empty: there is no key) -> (their names, how it differs)
 _NAMES: dict[str, tuple[str, str]] = {
@@ -148,7 +148,7 @@ _WITHOUT_KEY: tuple[tuple[str, str], ...] = (
     ),
     (
         "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir resume ignore_data_skip",
-        "nothing to set: the same command on the same run.dir resumes; sft train CONFIG --fresh starts over",
+        "there is nothing to set: the same command on the same run.dir resumes; sft train CONFIG --fresh starts over",
     ),
     (
         "fsdp fsdp_config deepspeed fsdp_version tensor_parallel_size context_parallel_size "
@@ -157,32 +157,32 @@ _WITHOUT_KEY: tuple[tuple[str, str], ...] = (
     ),
     (
         "stage do_train trainer rl loss_type task_type",
-        "this trainer does supervised finetuning only; sft train CONFIG trains",
+        "all training is supervised finetuning: sft train CONFIG",
     ),
     (
         "dataloader_num_workers dataset_num_proc preprocessing_num_workers dataset_processes num_workers "
         "dataloader_pin_memory overwrite_cache dataset_prepared_path streaming dataset_batch_size",
-        "nothing to set: data is prepared once into a cache keyed by its content",
+        "there is nothing to set: data is prepared once into a cache keyed by its content",
     ),
     (
         "shuffle shuffle_dataset seed_dataset sampler",
-        "nothing to set: the order is a function of run.seed and the epoch",
+        "there is nothing to set: the order is a function of run.seed and the epoch",
     ),
     (
         "use_liger_kernel liger_kernel use_cce chunk_size_feed_forward enable_liger_kernel activation_offloading",
-        "nothing to set: logits are made only for trained tokens; a fused kernel is used where it is installed",
+        "there is nothing to set: logits are made only for trained tokens; a fused kernel is used where it is installed",
     ),
     (
         "special_tokens eos_token pad_token bos_token added_tokens add_special_tokens resize_vocab eos_token_id",
-        "nothing to set: the template's stop token is found and proven, and tokens it lacks are added",
+        "there is nothing to set: the template's stop token is found and proven, and tokens it lacks are added",
     ),
     (
         "hub_model_id push_to_hub hub_token hub_strategy export_dir",
-        "after training: sft export RUN --out DIR --push REPO",
+        "it comes after training: sft export RUN --out DIR --push REPO",
     ),
     (
         "merge_lora lora_on_cpu export_size",
-        "after training: sft export RUN --out DIR --merge",
+        "it comes after training: sft export RUN --out DIR --merge",
     ),
 )
 
@@ -201,5 +201,5 @@ def answer(name: str) -> str:
     """One sentence on what another trainer's `name` is here, or an empty string."""
     ours, why = FOREIGN.get(name.lower().replace("-", "_").lstrip("_"), ("", ""))
     if not ours:
-        return f" That is another trainer's; here: {why}." if why else ""
+        return f" That is another trainer's; here {why}." if why else ""
     return f" Here it is '{ours}'" + (f": {why}." if why else ".")

@@ -27,9 +27,9 @@ FLOORS: dict[float, str] = {
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage",
-    2.5: "data.sources data.formats data.render data.ledger data.samples model isolation sweepfile",
+    2.5: "data.sources data.formats data.render data.ledger model memory isolation sweepfile",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
-    3.5: "serving sweepstore",
+    3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
     4.5: "prepare batches sweepresults",
     5.0: "preview check export report chat init session sweepview evalcommand",
