@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _STEP = "it counts conversations an optimizer step sees over all devices: per-device batch x accumulation x devices"
 _MICRO = "tokens, not rows, in one forward pass; results do not depend on it, and 'auto' measures it"
-_PACKING = "there is nothing to set: examples always lie joined without padding and never see each other, batch sizes unchanged"
+_PACKING = "there is nothing to set: examples always lie joined without padding, never see each other, and batches stay"
 _LAYOUT = "the launcher says it: accelerate launch --config_file configs/accelerate/fsdp2.yaml -m sft train CONFIG"
 
 # ours (empty: there is no key) -> (their names, how it differs)
@@ -170,7 +170,7 @@ _WITHOUT_KEY: tuple[tuple[str, str], ...] = (
     ),
     (
         "use_liger_kernel liger_kernel use_cce chunk_size_feed_forward enable_liger_kernel activation_offloading",
-        "there is nothing to set: logits are made only for trained tokens; a fused kernel is used where it is installed",
+        "there is nothing to set: logits are made for trained tokens only, and in chunks",
     ),
     (
         "special_tokens eos_token pad_token bos_token added_tokens add_special_tokens resize_vocab eos_token_id",
