@@ -284,6 +284,14 @@ def test_evaluation_from_sources_of_its_own(here: Path, bundle: TokenizerBundle)
     assert_adds_up(prepared.report)
 
 
+def test_evaluation_rows_that_are_also_trained_are_said(here: Path, bundle: TokenizerBundle) -> None:
+    said: list[str] = []
+    write_rows("a.jsonl", rows_of(20))
+    write_rows("b.jsonl", rows_of(10, 15))
+    prepare(config("a.jsonl", eval=["b.jsonl"]), bundle, cache_dir=Path("cache"), workers=0, say=said.append)
+    assert "data.eval: 5 of its 10 rows are also trained, so its loss flatters the model" in said
+
+
 def test_samples_are_prompts_as_serving_would_build_them(here: Path, bundle: TokenizerBundle) -> None:
     rows = [chat("Hello", "Yes", f"Hello {number(i)}", f"No {number(i)}") for i in range(30)]
     prepared = run(bundle, write_rows("a.jsonl", rows), eval=0.1)
@@ -303,6 +311,16 @@ def test_samples_of_passages(here: Path, bundle: TokenizerBundle) -> None:
     (sample, *_) = prepared.train.samples
     assert (sample["prompt"], sample["reference"], sample["messages"]) == ("one two ", "three", [])
     assert bundle.tokenizer.decode(sample["prompt_ids"]) == "one two "
+
+
+def test_mapped_columns_decide_the_format(here: Path, bundle: TokenizerBundle) -> None:
+    rows = [{"question": "one", "answer": "two", **chat("Hello", "Yes")}] * 3
+    write_rows("a.jsonl", rows)
+    assert run(bundle, "a.jsonl", eval=0).report["formats"] == {"a.jsonl": "messages"}
+    columns = {"question": "prompt", "answer": "completion"}
+    assert run(bundle, [{"path": "a.jsonl", "columns": columns}], eval=0).report["formats"] == {
+        "a.jsonl": "prompt_completion"
+    }
 
 
 def test_formats_are_said_aloud(here: Path, bundle: TokenizerBundle) -> None:
@@ -431,6 +449,42 @@ def test_a_killed_worker_is_an_error_and_not_a_wait() -> None:
     batches = [RowBatch(0, "text", "", [Row("a:1", {"text": "Hello"})])] * 9
     with pytest.raises(DeviceError, match="a process that prepares data died"):
         list(encode_stream(batches, Dying, workers=2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from /proc")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_end_with_a_killed_parent(here: Path, bundle: TokenizerBundle) -> None:
+    write_rows("a.jsonl", rows_of(5000))
+    child = forked(lambda: run(bundle, "a.jsonl", workers=2))
+    workers: list[int] = []
+    while len(workers) < 2:
+        time.sleep(0.01)
+        workers = children_of(child)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    began = time.monotonic()
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() - began < 20
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        if fields[1] == str(parent):
+            found.append(int(stat.parent.name))
+    return found
 
 
 def test_a_file_that_changes_while_it_is_read(here: Path, bundle: TokenizerBundle) -> None:

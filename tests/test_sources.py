@@ -199,6 +199,20 @@ def test_a_hub_id_that_cannot_be_had_says_what_to_check(here: Path) -> None:
         found("someone/no-such-data", subset="main", revision="abc")
 
 
+def test_rows_of_the_hub_come_without_foreign_nulls_and_numbered(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"messages": [{"role": "user", "tool": {"x": 1}}], "n": None}, {"messages": [{"role": "tool"}], "n": 2}]
+    loaded = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr("sft.data.sources._load_hub", lambda *where: loaded)
+    assert found("someone/data", split="test", columns={"n": "number"}, limit=2) == [
+        ("someone/data[test]:row 1", {"messages": rows[0]["messages"], "number": None}),
+        ("someone/data[test]:row 2", {"messages": rows[1]["messages"], "number": 2}),
+    ]
+    assert source_fingerprint("someone/data") == source_fingerprint("someone/data")
+    assert source_fingerprint("someone/data") != source_fingerprint("someone/data", split="test")
+
+
 def test_columns_rename_and_an_unknown_one_lists_those_seen(here: Path) -> None:
     write("a.jsonl", lines({"question": "q", "answer": "a", "prompt": "hidden"}, {"question": "q2"}))
     mapping = {"question": "prompt", "answer": "completion"}

@@ -86,9 +86,9 @@ class Ledger:
         counts = np.bincount(codes[mask_C[conversations]], minlength=len(self._codes)).tolist()
         return {reason: counts[code] for (what, reason), code in self._codes.items() if what == action and counts[code]}
 
-    def conversations_noted(self, action: str) -> set[int]:
+    def conversations_noted(self, action: str) -> list[int]:
         codes = {code for (what, _), code in self._codes.items() if what == action}
-        return {c for c, code in zip(self._noted_conversations, self._noted_codes, strict=True) if code in codes}
+        return [c for c, code in zip(self._noted_conversations, self._noted_codes, strict=True) if code in codes]
 
     def total(self, origins: Sequence[int]) -> tuple[int, Counter[str]]:
         """(rows read, rows dropped by reason) over sources."""
@@ -162,7 +162,7 @@ def account(
             "trained_tokens": int(trained_E[chosen_E].sum(dtype=np.int64)),
         }
 
-    drawn = side == "eval" and bool(set(origins) & set(origin_C[writer.read("train")].tolist()))
+    drawn = side == "eval" and not set(origins).isdisjoint(np.unique(origin_C[writer.read("train")]).tolist())
     by_source = []
     for origin in origins:
         here_C = (origin_C == origin) & mask_C

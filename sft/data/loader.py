@@ -201,7 +201,7 @@ def _encode_all(
     picks = Picks(len(data.train))
     formats: dict[int, set[str]] = {}
     batches = chain.from_iterable(
-        dealer.deal(read_rows(source.path, **_settings_of(source)), origin, source.format)
+        dealer.deal(read_rows(source.path, **_settings_of(source)), origin, source.format, set(source.columns.values()))
         for origin, source in enumerate(_sources(data))
     )
     started = said = time.monotonic()
@@ -273,6 +273,10 @@ def _split(writer: StoreWriter, ledger: Ledger, data: Data, paths: Sequence[str]
     of_train_C = origins_C < len(data.train)
     if isinstance(data.eval, list):
         scored = np.flatnonzero(~of_train_C)
+        hashes_C = writer.read("hashes")
+        both = int(np.isin(hashes_C[scored], hashes_C[of_train_C]).sum())
+        if both:
+            say(f"data.eval: {both:,} of its {len(scored):,} rows are also trained, so its loss flatters the model")
     else:
         scored = np.flatnonzero(held_out(writer.read("hashes"), data.eval))
         if data.eval and not len(scored) and len(origins_C):

@@ -15,10 +15,11 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +36,7 @@ BATCH_ROWS = 256
 BATCH_BYTES = 2**21
 SMALL_ROWS = 2000
 """Below this, starting processes costs more than they bring."""
+MOST_WORKERS = 64
 
 
 class Encoded(Protocol):
@@ -133,11 +135,21 @@ def _other_format(row: Row, used: str) -> str:
 
 
 def default_workers() -> int:
-    """One a core: the calling process needs a few per cent of one."""
+    """One a core that this process may use: the calling process itself needs a few per cent of one."""
     try:
-        return max(1, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this platform
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, MOST_WORKERS, _cgroup_cores()))
+
+
+def _cgroup_cores() -> int:
+    """A container on a large machine sees all of its cores and may use a few of them."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return MOST_WORKERS if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such limit here
+        return MOST_WORKERS
 
 
 def encode_stream(
@@ -237,8 +249,13 @@ class Dealer:
     say: Callable[[str], None]
     formats: dict[str, str]  # file → format, filled on the way
 
-    def deal(self, rows: Iterable[Row | BadRow], origin: int, wanted: str) -> Iterator[RowBatch]:
-        """Batches in order. With `auto`, a file's first row that fits a format decides for the file."""
+    def deal(
+        self, rows: Iterable[Row | BadRow], origin: int, wanted: str, mapped: Collection[str] = ()
+    ) -> Iterator[RowBatch]:
+        """Batches in order. With `auto`, a file's first row that fits a format decides for the file.
+
+        `mapped` are the names that the user's `columns` gave: a format that they make up goes before others.
+        """
         auto = wanted == "auto"
         batch, file, size = RowBatch(origin, wanted, "", []), "", 0
         for row in rows:
@@ -252,19 +269,27 @@ class Dealer:
             if isinstance(row, Row):
                 size += row.size
                 if batch.format == "auto":
-                    batch, row = self._decide(batch, row, file)
+                    batch, row = self._decide(batch, row, file, mapped)
                 else:
                     self.formats.setdefault(file, batch.format)
             batch.rows.append(row)
         if batch.rows:
             yield batch
 
-    def _decide(self, batch: RowBatch, row: Row, file: str) -> tuple[RowBatch, Row | BadRow]:
+    def _decide(self, batch: RowBatch, row: Row, file: str, mapped: Collection[str]) -> tuple[RowBatch, Row | BadRow]:
         try:
-            found = detect_format(row.data)
+            found = _mapped_format(row, mapped) or detect_format(row.data)
             FORMATS[found](row)
         except DataError as error:
             return batch, BadRow(row.source, str(error).removeprefix(f"{row.source}: "))
         self.formats[file] = found
         self.say(f"{file}: format {found}, as {row.source} shows")
         return replace(batch, format=found, decided=row.source), row
+
+
+def _mapped_format(row: Row, mapped: Collection[str]) -> str:
+    """The format that the mapped columns make up by themselves, or an empty string."""
+    try:
+        return detect_format({key: row.data[key] for key in mapped if key in row.data}) if mapped else ""
+    except DataError:
+        return ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.data.ledger import Ledger
 from sft.data.pipeline import RowBatch, to_sample
@@ -42,13 +43,13 @@ class Picks:
             elif (key, -conversation) > heap[0][:2]:
                 heapq.heapreplace(heap, (key, -conversation, _alone_in(batch, row)))
 
-    def samples(self, wanted: set[int]) -> Iterator[tuple[int, Sample]]:
+    def samples(self, wanted_C: NDArray[np.bool_]) -> Iterator[tuple[int, Sample]]:
         """(conversation, sample) of the wanted conversations, each once, in the order of their hashes."""
         seen: set[int] = set()
         for heap in self._heaps.values():
             for _, negative, batch in sorted(heap, key=lambda entry: entry[:2], reverse=True):
                 conversation = -negative
-                if conversation in wanted and conversation not in seen:
+                if wanted_C[conversation] and conversation not in seen:
                     seen.add(conversation)
                     sample = to_sample(batch.rows[0], batch)
                     assert not isinstance(sample, Note)
@@ -68,7 +69,10 @@ def pick_samples(writer: StoreWriter, ledger: Ledger, picks: Picks) -> dict[str,
     token_starts = np.concatenate([[0], np.cumsum(writer.read("lengths"), dtype=np.int64)])
     for side in ("train", "eval"):
         made[side] = []
-        for conversation, sample in picks.samples(set(writer.read(side).tolist()) - cut):
+        wanted_C = np.zeros(writer.num_conversations, dtype=np.bool_)
+        wanted_C[writer.read(side)] = True
+        wanted_C[cut] = False
+        for conversation, sample in picks.samples(wanted_C):
             last = int(example_starts[conversation + 1]) - 1
             tokens = slice(int(token_starts[last]), int(token_starts[last + 1]))
             record = sample_record(sample, writer.read("ids")[tokens], writer.read("weights")[tokens])
