@@ -196,3 +196,27 @@ def test_tuning_follows_the_size(parameters: int | None, tuning: str) -> None:
     (20_000, True, 500), (5_000, False, 500)])  # fmt: skip
 def test_what_is_held_out(rows: int, whole: bool, held_out: float) -> None:
     assert suggest_eval(DataGlance(rows, whole, {}, Counter(), [])) == held_out
+
+
+def test_what_it_prints_can_be_prepared_and_checked(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sft.prepare import prepare_command, prepare_data
+
+    monkeypatch.setenv("SFT_CACHE", str(Path("cache").absolute()))
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [{"question": f"How many {a} {b} ?", "answer": f"just {b} {a} ."} for a in words for b in words if a != b]
+    _, loaded = suggested(write_rows("qa.jsonl", rows), model_folder)
+    bundle, prepared = prepare_data(loaded, lambda line: None)
+    assert prepared.report["rows"] == 90
+    assert prepared.report["dropped"] == {}
+    assert prepared.eval is not None
+    assert prepared.train.num_conversations + prepared.eval.num_conversations == 90
+    assert bundle.template_name == "model"
+    assert prepare_command(loaded) == 0
+    said = capsys.readouterr().out
+    assert "template: model; generation stops at <|im_end|>" in said
+    assert str(prepared.path) in said
+    check = pytest.importorskip("sft.check")
+    assert check.check(loaded, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
