@@ -338,7 +338,8 @@ def test_formats_are_said_aloud(here: Path, bundle: TokenizerBundle) -> None:
 
 
 def children() -> list[str]:
-    return sorted(name for name in os.listdir("cache") if not name.endswith(".lock"))
+    """What lies in the cache beside locks."""
+    return sorted(path.name for path in Path("cache").glob("*") if path.suffix != ".lock")
 
 
 def forked(work: Callable[[], object]) -> int:
