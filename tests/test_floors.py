@@ -22,14 +22,14 @@ FLOORS: dict[float, str] = {
     0.5: "yamltree durable pickles signals space watchdog templating launch keeper "
     "hush data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
-    1.2: "configkeys schedule resume hub",
+    1.2: "configkeys unread schedule resume hub",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage",
     2.5: "data.sources data.formats data.render data.ledger model memory isolation sweepfile",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
-    3.5: "serving sweepstore data.samples",
+    3.5: "serving sweepstore data.samples trouble",
     4.0: "data.loader runcard sweepreport",
     4.5: "prepare batches sweepresults",
     5.0: "preview check export report chat init session sweepview evalcommand",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sft.config import Config, EarlyStopping
-from sft.configfile import COMMAND_LINE, DEFAULT, load_config
+from sft.configfile import COMMAND_LINE, load_config
 from sft.configkeys import walk_keys
+from sft.unread import DEFAULT
 from sft.yamltree import dotted, read_yaml
 
 ROOT = Path(__file__).parent.parent
