@@ -58,9 +58,11 @@ def processes_in(command: Sequence[str]) -> int | None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    if "launch" not in command:
+    names = [os.path.basename(word).removesuffix(".py") for word in command]
+    launch = next((i for i, name in enumerate(names) if name.endswith("launch")), None)
+    if launch is None:
         return None
-    asked, _ = launch_command_parser().parse_known_args(list(command[command.index("launch") + 1 :]))
+    asked, _ = launch_command_parser().parse_known_args(list(command[launch + 1 :]))
     if asked.num_processes is not None:
         return int(asked.num_processes)
     if asked.config_file is not None:

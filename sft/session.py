@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -150,7 +150,7 @@ class Session:
         """What a checkpoint keeps, whole, on the host: all weights, or the adapter's. A collective if sharded."""
         trainee = self.job.trainee
         if self.config.model.tuning == "full":
-            return {name: whole(tensor) for name, tensor in trainee.causal.state_dict().items()}
+            return _each_once(trainee.causal.state_dict(keep_vars=True), whole)
         trained = {id(p) for p in trainee.parameters() if p.requires_grad}
         state = trainee.model.state_dict(keep_vars=True)
         return {name: whole(tensor) for name, tensor in state.items() if id(tensor) in trained}
@@ -160,7 +160,7 @@ class Session:
         trainee, bundle = self.job.trainee, self.bundle
         folder.mkdir(parents=True, exist_ok=True)
         if dtype is not None:
-            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+            weights = _each_once(weights, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if self.config.model.tuning == "full":
             trainee.causal.save_pretrained(folder, state_dict=weights)
             _set_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
@@ -352,7 +352,7 @@ def open_session(
             config, facts["parameters"], min(tokens_per_step, max(2048, int(lengths.max()))), device
         )
     if checkpointing:
-        trainee.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        setup.enable_checkpointing(trainee)
     if config.model.compile:
         for layer in getattr(trainee.backbone, "layers", []):
             layer.compile(dynamic=True)
@@ -462,6 +462,17 @@ def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
     values = json.loads(config_file.read_text())
     values["dtype"] = str(dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _each_once(
+    tensors: Mapping[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`change` applied to every tensor; weights that are tied, one tensor under two names, stay tied."""
+    changed: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in changed:
+            changed[id(tensor)] = change(tensor)
+    return {name: changed[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _as_scores(pairs: Any) -> dict[int, float]:

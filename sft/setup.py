@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +17,7 @@ from torch import nn
 from sft import attention, optim
 from sft.config import Config
 from sft.data.collate import flat, idle, to_device
-from sft.errors import DeviceError
+from sft.errors import ConfigError, DeviceError
 from sft.isolation import compare, head_is_exact
 from sft.model import (
     add_adapter,
@@ -81,6 +83,11 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerat
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
+    for tracker in config.log.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(
+                f"log.trackers: {tracker} is not installed. Install it (pip install {tracker}) or drop it."
+            )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     return Accelerator(
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
@@ -113,6 +120,8 @@ def set_up_libraries(config: Config) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # PEFT asks transformers by an old name; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -276,6 +285,15 @@ def wants_checkpointing(config: Config, parameters: int, tokens: int, device: to
     # about 34 bytes a hidden unit and layer in 16 bit (Korthikanti et al., arXiv:2205.05198, without attention maps)
     activations = 34 * tokens * (parameters / 12) ** 0.5 * 8
     return bool(states + activations > 0.8 * free)
+
+
+def enable_checkpointing(trainee: Trainee) -> None:
+    """Activations of a layer are computed again in its backward pass instead of being kept."""
+    options = {"use_reentrant": False}
+    if hasattr(trainee.causal, "activation_checkpointing_enable"):  # the name from transformers 5.20 or so on
+        trainee.causal.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        trainee.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def warm_up(job: Job) -> None:
