@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -34,11 +35,19 @@ def become_launcher_where_needed() -> None:
         return
     count = _asked_processes()
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
+    if port == "0":
+        port = str(_free_port())
     if sys.platform == "linux":  # if accelerate is ended, its ranks are told rather than orphaned
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     arguments = ["--nproc_per_node", str(count), "--master_addr", address, "--master_port", port]
     command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "sft", *sys.argv[1:]]
     os.execv(sys.executable, command)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _asked_processes() -> int:
