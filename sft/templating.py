@@ -15,17 +15,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sft.errors import TemplateError
+from sft.errors import SftError, TemplateError
 
-RENDER_SECONDS = 20.0  # one row's renders; a chat of a hundred thousand turns takes two
+RENDER_SECONDS = 30.0  # a row, or a batch of them; a chat of a hundred thousand turns takes a few
 MAX_CHARACTERS = 256 << 20
 
 Messages = Sequence[Mapping[str, Any]]
 
 
+class TemplateTimeout(SftError):
+    """A template ran longer than any conversation can need."""
+
+
 @contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Raise TemplateError in the block after `seconds`. Does nothing outside a main thread, where no signal arrives.
+    """Raise TemplateTimeout in the block after `seconds`. Does nothing outside a main thread, where no signal arrives.
 
     A timer of somebody else (pytest-timeout's) is put back with what is left of its time.
     """
@@ -34,7 +38,7 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
         return
 
     def ring(signum: int, frame: object) -> None:
-        raise TemplateError(f"{what} ran longer than {seconds:g} s and was stopped. Look for a loop without end in it.")
+        raise TemplateTimeout(f"{what} ran longer than {seconds:g} s and was stopped. Look for a loop without end.")
 
     handler = signal.signal(signal.SIGALRM, ring)
     started = time.monotonic()
@@ -95,7 +99,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self.variables,
             )
-        except TemplateError:
+        except (TemplateError, TemplateTimeout):
             raise
         except Exception as error:  # a template may raise anything: it is a program
             raise TemplateError(describe(error)) from error

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
-from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_marked, unmark
+from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import Encoded, EncodeSettings, TooLong, cut_note, listed, refused, spelled_note, too_long
 from sft.data.passage import passage_ids
 from sft.data.proof import AnswerCheck, Decoder, Refusal, same_text, shown
 from sft.data.render import Dicts, Renderer, Turn, message_dicts
 from sft.errors import DataError, TemplateError
-from sft.templating import RENDER_SECONDS, deadline, literals, read_markup
+from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
 from sft.types import Conversation, Example, Note, Passage, Rendered, Sample, Span
 
@@ -98,7 +98,20 @@ class Encoder:
         return self.encode_many([sample])[0]
 
     def encode_many(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """The same as `encode` of each, tokenised and decoded in batches."""
+        """The same as `encode` of each, tokenised and decoded in batches.
+
+        A row on which the template does not come to an end is refused, the others of its batch are not.
+        """
+        try:
+            with deadline(RENDER_SECONDS, "the chat template"):
+                return self.encode_batch(samples)
+        except TemplateTimeout as error:
+            if len(samples) == 1:
+                return [refused(samples[0].source, Refusal("template", str(error)), self.settings)]
+            return [self.encode(sample) for sample in samples]
+
+    def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """`encode_many` without a clock."""
         results: list[Encoded | None] = [None] * len(samples)
         works: dict[int, Work] = {}
         pieces: dict[int, list[Piece]] = {}
@@ -115,12 +128,9 @@ class Encoder:
         for i, work in works.items():
             try:
                 notes[i] = self.altered(work)
-                with deadline(RENDER_SECONDS, "the chat template"):
-                    pieces[i] = self.pieces(work, notes[i])
+                pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = refused(work.sample.source, refusal, self.settings)
-            except TemplateError as error:
-                results[i] = refused(work.sample.source, Refusal("template", str(error)), self.settings)
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
             fault = next((fault for piece in row if (fault := faults.get(id(piece)))), None)
@@ -176,11 +186,7 @@ class Encoder:
                 tools = [self.control.mark(t, answer=False) for t in tools]
             except DataError as error:
                 raise Refusal("control_tokens", str(error)) from error
-        try:
-            with deadline(RENDER_SECONDS, "the chat template"):
-                whole = self.renderer.whole(messages, tools)
-        except TemplateError as error:
-            raise Refusal("template", str(error)) from error
+        whole = self.renderer.whole(messages, tools)
         return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
 
     def altered(self, work: Work) -> list[Note]:
@@ -196,9 +202,8 @@ class Encoder:
     def tokenize(self, works: Sequence[Work]) -> None:
         """Ids of whole conversations, in one call."""
         if works:
-            texts = [work.whole for work in works]
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-            for work, ids in zip(works, encoded["input_ids"], strict=True):
+            encoded = encode_batch(self.tokenizer, [work.whole for work in works])
+            for work, ids in zip(works, encoded, strict=True):
                 work.ids = ids
 
     def ids(self, text: str) -> list[int]:

@@ -32,9 +32,11 @@ class Local:
     needs: int
     """Messages that a beginning must hold for the constant indices (`messages[0]`) to mean the same."""
     without_roles: frozenset[str]
+    constant: bool
+    """Whether what follows the last message is the same for all conversations."""
 
-    def fits(self, messages: Sequence[Mapping[str, Any]], first: int) -> bool:
-        return first >= self.needs and not any(m.get("role") in self.without_roles for m in messages)
+    def fits(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        return not any(m.get("role") in self.without_roles for m in messages)
 
 
 class NotLocal(Exception):
@@ -67,8 +69,7 @@ def prove(template: str) -> Local:
     if not isinstance(loop.target, nodes.Name) or loop.target.name in stored(tree, besides=loop.target):
         raise NotLocal("the message has another name, or its name is set again")
     before, after = tree.body[:place], tree.body[place + 1 :]
-    offset = sum(n.start.value for n in tree.find_all(nodes.Slice) if isinstance(n.start, nodes.Const))
-    walk = Walk(names, loop, offset)
+    walk = Walk(names, loop, offsets(tree, names))
     for node in before:
         walk.visit(node, frozenset(), None)
     for node in loop.body:
@@ -87,7 +88,18 @@ def prove(template: str) -> Local:
         for name in loads(macro):
             if name not in own and (name in names or name in spaces or name == "add_generation_prompt"):
                 raise NotLocal(f"a macro reads {name}")
-    return Local(with_marks(template, loop, names), walk.needs, frozenset(walk.guarded))
+    assigned = stored(tree, besides=loop.target)
+    constant = not any(name in assigned or name == "tools" for node in after for name in loads(node))
+    return Local(with_marks(template, names), walk.needs, frozenset(walk.guarded), constant)
+
+
+def offsets(tree: Any, names: set[str]) -> dict[str, int]:
+    """How many messages a name may have lost at the front: none where it is never set, else all slices together."""
+    from jinja2 import nodes
+
+    lost = sum(n.start.value for n in tree.find_all(nodes.Slice) if isinstance(n.start, nodes.Const))
+    assigned = stored(tree, besides=None)
+    return {name: lost if name in assigned else 0 for name in names}
 
 
 def stored(tree: Any, besides: Any) -> set[str]:
@@ -131,7 +143,7 @@ def is_alias_value(node: Any, names: set[str]) -> bool:
 class Walk:
     """Visits what runs before and in the loop and objects to every look ahead."""
 
-    def __init__(self, names: set[str], main: Any, offset: int) -> None:
+    def __init__(self, names: set[str], main: Any, offset: Mapping[str, int]) -> None:
         self.names, self.main, self.offset = names, main, offset
         self.needs = 1
         self.guarded: set[str] = set()
@@ -153,13 +165,13 @@ class Walk:
             if loop is self.main and node.attr in AHEAD:
                 self.object(f"loop.{node.attr}", roles)
         elif isinstance(node, nodes.Getitem) and is_alias_value(node.node, self.names):
-            self.index(node.arg, roles)
+            self.index(node, roles)
         elif isinstance(node, nodes.Assign) and is_alias_value(node.node, self.names):
             pass  # messages[1:] is judged where it is used
         elif isinstance(node, nodes.Test) and node.name == "defined" and isinstance(node.node, nodes.Name):
             pass
         elif isinstance(node, nodes.Compare) and self.is_emptiness(node):
-            self.needs = max(self.needs, self.offset + 1)
+            self.needs = max(self.needs, max(self.offset.values()) + 1)
         elif isinstance(node, nodes.For):
             self.visit(node.iter, roles, loop)
             for child in [*node.body, *node.else_, *([node.test] if node.test else [])]:
@@ -196,8 +208,9 @@ class Walk:
         """A fixed message from the front. Others may look ahead: `messages[loop.index0 - 1]` starts at the last."""
         from jinja2 import nodes
 
-        if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value >= 0:
-            self.needs = max(self.needs, self.offset + node.value + 1)
+        place = node.arg.value if isinstance(node.arg, nodes.Const) else None
+        if isinstance(place, int) and place >= 0 and isinstance(node.node, nodes.Name):
+            self.needs = max(self.needs, self.offset[node.node.name] + place + 1)
         else:
             self.object("a message by its index", roles)
 
@@ -225,7 +238,7 @@ def is_name(node: Any, name: str) -> bool:
     return isinstance(node, nodes.Name) and node.name == name
 
 
-def with_marks(template: str, loop: Any, names: set[str]) -> str:
+def with_marks(template: str, names: set[str]) -> str:
     """The template with a mark written at the start of each message. Raises NotLocal.
 
     The mark stands in a block that ends as the loop's own tag ends, so that blanks around it fare as before.

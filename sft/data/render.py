@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from sft.data.locality import MARK, Local, local_template
@@ -21,7 +21,8 @@ from sft.templating import ChatTemplate
 from sft.types import Message
 
 CHUNK = 16  # turns rendered at a time, so that a long chat can stop early
-FEW = 4  # turns up to which rendering each is cheaper
+FEW = 4  # turns up to which rendering each is cheaper than finding out what follows the last message
+VERIFIED_ROWS = 8
 
 Dicts = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -62,12 +63,11 @@ class Renderer:
     def __init__(self, chat: ChatTemplate, check: AnswerCheck) -> None:
         self.chat = chat
         self.check = check
-
-    @cached_property
-    def local(self) -> tuple[Local | None, Local | None]:
-        """The template with a mark where each message begins, without and with tools; None where that isn't proven."""
-        plain = local_template(self.chat.text)
-        return plain, plain if self.chat.with_tools == self.chat.text else local_template(self.chat.with_tools)
+        self.unverified = VERIFIED_ROWS
+        self.endings: dict[bool, tuple[str, str] | None] = {}
+        plain = local_template(chat.text)
+        with_tools = plain if chat.with_tools == chat.text else local_template(chat.with_tools)
+        self.local: tuple[Local | None, Local | None] = (plain, with_tools)
 
     def whole(self, messages: Dicts, tools: Tools) -> str:
         """The text of the conversation. Raises Refusal with the template's own objection."""
@@ -87,12 +87,28 @@ class Renderer:
                 "Set train: false on it, or put the message that it answers before it.",
             )
         try:
-            if len(trained) > FEW and (found := self.one_by_one(messages, tools, trained, whole)):
-                yield from found
-                return
-            yield from self.each_rendered(messages, tools, trained, whole)
+            yield from self.found_turns(messages, tools, trained, whole)
         except TemplateError as error:
             raise Refusal("template", f"the chat template refuses a beginning of the conversation: {error}") from error
+
+    def found_turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> Iterator[Turn]:
+        """From one rendering where the template allows it; on the first rows from all of them as well, to be sure."""
+        local = self.local[bool(tools)]
+        if local is None or not local.fits(messages) or not (local.constant or len(trained) > FEW):
+            yield from self.each_rendered(messages, tools, trained, whole)
+            return
+        early = tuple(k for k in trained if k < local.needs)
+        rest = trained[len(early) :]
+        found = self.one_by_one(messages, tools, rest, whole, local) if rest else None
+        if found is not None and self.unverified and len(rest) < CHUNK:
+            self.unverified -= 1
+            if found != list(self.each_rendered(messages, tools, rest, whole)):
+                self.local = (None, None)
+                found = None
+        if found is None:
+            early, found = tuple(trained), []
+        yield from self.each_rendered(messages, tools, early, whole)
+        yield from found
 
     def each_rendered(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> Iterator[Turn]:
         """Every prompt and every answer rendered for itself: right for any template."""
@@ -111,37 +127,72 @@ class Renderer:
                 answer, closed = self.answer(messages, k, ends[k][len(prompt) :])
                 yield Turn(k, whole, len(prompt) if starts else None, None if starts else prompt, answer, closed)
 
-    def one_by_one(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> list[Turn] | None:
-        """All turns from one rendering, where the template is local; None where that cannot be shown for this row."""
-        local = self.local[bool(tools)]
-        if local is None or not local.fits(messages, trained[0]):
+    def one_by_one(
+        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str, local: Local
+    ) -> list[Turn] | None:
+        """All turns from one rendering of the marked template; None where that doesn't bear out for this row."""
+        starts = self.starts(messages, tools, whole, local)
+        if starts is None:
             return None
+        ends = self.ends_of_text(messages, tools, trained, whole, starts, local)
+        if ends is None:
+            return None
+        opening, closing = ends
+        turns = []
+        for k in trained:
+            last = k + 1 == len(starts)
+            end = len(whole) if last else starts[k + 1]
+            start = starts[k] + len(opening)
+            if start > end or not whole.startswith(opening, starts[k]):
+                return None
+            answer, closed = self.answer(messages, k, whole[start:end] + ("" if last else closing))
+            turns.append(Turn(k, whole, start, None, answer, closed))
+        return turns
+
+    def starts(self, messages: Dicts, tools: Tools, whole: str, local: Local) -> list[int] | None:
+        """Where each message begins in the whole text; 0 for one that the loop leaves out, such as a system message."""
         marked = self.chat.render([messages], tools, generation_prompt=False, template=local.template)[0]
         pieces = marked.split(MARK)
-        missing = len(messages) - (len(pieces) - 1)  # messages before the loop's first, such as a system message
-        if "".join(pieces) != whole or not 0 <= missing <= trained[0]:
+        left_out = len(messages) - (len(pieces) - 1)
+        if left_out < 0 or "".join(pieces) != whole:
             return None
-        starts, place = [0] * missing, 0
-        for piece in pieces[:-1]:
-            place += len(piece)
-            starts.append(place)
-        first, last = trained[0], trained[-1]
+        return [0] * left_out + list(accumulate(len(piece) for piece in pieces[:-1]))
+
+    def ends_of_text(
+        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str, starts: list[int], local: Local
+    ) -> tuple[str, str] | None:
+        """What the template writes after the last message, with a generation prompt and without.
+
+        The same for every row where the template reads nothing there; then it is taken from a small conversation,
+        once. Else from this row's own first turn, and held against its last one.
+        """
+        if local.constant:
+            if bool(tools) not in self.endings:
+                self.endings[bool(tools)] = self.constant_endings(tools, local)
+            return self.endings[bool(tools)]
+        if len(trained) < 2:
+            return None
+        return self.endings_at(messages, tools, trained[0], trained[-1], whole, starts)
+
+    def constant_endings(self, tools: Tools, local: Local) -> tuple[str, str] | None:
+        turns = local.needs // 2 + 2
+        small: Dicts = [{"role": role, "content": role} for _ in range(turns) for role in ("user", "assistant")]
+        try:
+            text = self.chat.render([small], tools, generation_prompt=False)[0]
+            places = self.starts(small, tools, text, local)
+            return None if places is None else self.endings_at(small, tools, 2 * turns - 3, 2 * turns - 3, text, places)
+        except TemplateError:
+            return None  # the template takes no such conversation; it may well take the rows
+
+    def endings_at(
+        self, messages: Dicts, tools: Tools, first: int, last: int, whole: str, starts: list[int]
+    ) -> tuple[str, str] | None:
         prompts = self.chat.render([messages[:first], messages[:last]], tools, generation_prompt=True)
         ended = self.chat.render([messages[: first + 1]], tools, generation_prompt=False)[0]
         opening, closing = prompts[0][starts[first] :], ended[starts[first + 1] :]
         begun = [whole[: starts[k]] + opening for k in (first, last)]
-        if begun != prompts or whole[: starts[first + 1]] + closing != ended:
-            return None
-        turns = []
-        for k in trained:
-            end = starts[k + 1] if k + 1 < len(starts) else len(whole)
-            behind = closing if k + 1 < len(starts) else ""
-            start = starts[k] + len(opening)
-            if start > end or not whole.startswith(opening, starts[k]):
-                return None
-            answer, closed = self.answer(messages, k, whole[start:end] + behind)
-            turns.append(Turn(k, whole, start, None, answer, closed))
-        return turns
+        agree = begun == prompts and whole[: starts[first + 1]] + closing == ended
+        return (opening, closing) if agree else None
 
     def answer(self, messages: Dicts, k: int, rendered: str) -> tuple[str, bool]:
         try:
