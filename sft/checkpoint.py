@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MANIFEST", "CheckpointStore", "complete_checkpoints", "find_resumable", "read_json", "read_tensors", "step_of",
-    "verify", "write_json", "write_tensors",
+    "MANIFEST", "CheckpointStore", "complete_checkpoints", "find_resumable", "publish_folder", "read_json",
+    "read_tensors", "step_of", "verify", "write_json", "write_tensors",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -143,10 +143,17 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Until the save is durable and rotated. Raises its error: DeviceError for the disk's, others as they are."""
+        error = self.settle()
+        if error is not None:
+            raise error
+
+    def settle(self) -> BaseException | None:
+        """Until the save under way has ended, and its error if it met one: for a run that already fails for another."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.poll()
+        error, self._error = self._error, None
+        return error
 
     def poll(self) -> None:
         """Raise the error that a save in the background has met, if any. Never waits."""
@@ -244,6 +251,21 @@ class CheckpointStore:
             told = cannot_write(Path(error.filename or self._root), error)
             return DeviceError(f"{told} {safe}")
         return None
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Put a written folder in the place of `target`, flushed: readers see the old one or the new one, whole."""
+    for inner, _, names in os.walk(staging, topdown=False):
+        for name in names:
+            flush_to_disk(Path(inner) / name)
+        flush_to_disk(Path(inner))
+    aside = target.with_name(f".removed-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(target):
+        os.rename(target, aside)
+    os.rename(staging, target)
+    flush_to_disk(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft.checkpoint import read_tensors, verify
+from sft.checkpoint import publish_folder, read_tensors, verify
 from sft.distributed import wait_for_all
 from sft.durable import read_json, write_json, write_text
 from sft.errors import EXIT_DONE
@@ -24,12 +25,14 @@ def finish(session: Session, *, reason: str) -> None:
     """Writes what remains of a run. A collective where the model is sharded. `reason`: why it ended early, or ""."""
     weights = _best_weights(session) or session.trained_weights()
     if session.job.is_first:
-        final = session.folder.final
-        session.write_model(final, weights, dtype=_saved_dtype(session))
-        serving = _serve(session, final)
+        final, staging = session.folder.final, session.folder.path / ".staging-final"
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+        session.write_model(staging, weights, dtype=_saved_dtype(session))
+        serving = _serve(session, staging)
         write_json(session.folder.path / "serving.json", serving)
         session.say(f"serving check: {describe(serving)}")
-        write_text(final / "README.md", _card(session, describe(serving)))
+        write_text(staging / "README.md", _card(session, describe(serving)))
+        publish_folder(staging, final)
         session.folder.write_status("done", code=EXIT_DONE, reason=reason, step=session.state.step)
         session.say(f"done: {final}, {_report(session.folder.path)}")
     wait_for_all()

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
 from sft.optim import set_learning_rate
 from sft.resume import RunState, digest_of
-from sft.runfolder import RunFolder
+from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
 from sft.session import (
@@ -42,6 +43,7 @@ from sft.session import (
 )
 from sft.signals import StopRequest
 from sft.trainee import loss_sum
+from sft.trouble import is_out_of_memory, out_of_memory, told_apart
 from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -105,7 +107,14 @@ def _train(
                 loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
             )
             _introduce(session, opening)
-            with Watchdog(STALL_SECONDS, lambda: f"rank {rank}, step {session.state.step}") as watchdog:
+            with (
+                _trouble_explained(session),
+                Watchdog(
+                    STALL_SECONDS,
+                    lambda: f"rank {rank}, after step {session.state.step}",
+                    lambda reason: _note_failure(folder, EXIT_FAILED, reason),
+                ) as watchdog,
+            ):
                 return _loop(session, stop, watchdog, console.step)
     finally:
         lock.release()
@@ -380,14 +389,40 @@ def _note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
 
 
 @contextmanager
+def _trouble_explained(session: Session) -> Iterator[None]:
+    """Memory that ran out, and ranks that end because another did, in words. A save under way is let finish."""
+    job, longest = session.job, int(session.data.train.lengths_E.max())
+    failure: DeviceError | None = None
+    try:
+        with told_apart(job.rank, job.world):
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
+                failure = DeviceError(str(error).splitlines()[0])
+            if failure is not None:
+                raise out_of_memory(job, session.config, step=session.state.step + 1, longest=longest) from failure
+    finally:
+        if unsaved := session.store.settle():
+            session.say(f"the checkpoint that was being saved failed as well: {unsaved}")
+
+
+@contextmanager
 def _failures_noted(folder: RunFolder) -> Iterator[None]:
-    """Writes a failure to status.json. The first cause stays: ranks that fail because another did write nothing."""
+    """Writes a failure to status.json."""
     try:
         yield
     except BaseException as error:
-        status = folder.read_status()
-        if status.get("state") == "running":
-            code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
-            reason = str(error) or type(error).__name__
-            folder.write_status("failed", code=code, reason=reason, step=int(status["step"]))
+        code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
+        _note_failure(folder, code, str(error) or type(error).__name__)
         raise
+
+
+def _note_failure(folder: RunFolder, code: int, reason: str) -> None:
+    """The first cause stays: ranks that fail because another did write nothing."""
+    status = folder.read_status()
+    if status.get("state") == "running":
+        steps = [int(event["step"]) for event in MetricsLog(folder.metrics).read() if event["event"] == "train"]
+        folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]))

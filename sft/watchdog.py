@@ -14,19 +14,29 @@ from sft.errors import EXIT_FAILED
 # A rank that waits for others gets longer, so that the rank that stalls is the one that speaks and ends first.
 PATIENCE_WHILE_WAITING = 1.5
 _MARGIN_SECONDS = 5.0
+# Where the main thread stands while a collective keeps it: in one, or in a backward pass that ends with one.
+_WAITING_PLACES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py", "sft/distributed.py")
 
 
 class Watchdog:
     """Ends the process (exit 1) when `beat` was not called for `timeout_s` seconds; prints phase and stacks once.
 
     The launcher ends the other ranks then. `describe()` adds what the caller knows (rank, step); it must not block.
+    `note(reason)` may write it to a file; it is given a few seconds, since the disk may be what stalls.
     """
 
-    def __init__(self, timeout_s: float, describe: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        describe: Callable[[], str] = lambda: "",
+        note: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         assert timeout_s > 0
         self._timeout_s = timeout_s
         self._describe = describe
+        self._note = note
         self._phase = "start"
+        self._lenient = False  # the longer time was already granted to this phase
         self._deadline = float("inf")
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -55,18 +65,35 @@ class Watchdog:
         if waiting:
             allowed = allowed * PATIENCE_WHILE_WAITING + _MARGIN_SECONDS
         self._phase = phase
+        self._lenient = waiting
         self._deadline = time.monotonic() + allowed
 
     def _watch(self) -> None:
         pause = min(1.0, self._timeout_s / 10)
         while not self._stopped.wait(pause):
-            if time.monotonic() > self._deadline:
-                self._end()
+            if time.monotonic() <= self._deadline:
+                continue
+            if not self._lenient and _main_thread_waits_for_others():
+                self._lenient = True
+                self._deadline += self._timeout_s * (PATIENCE_WHILE_WAITING - 1) + _MARGIN_SECONDS
+                continue
+            self._end()
 
     def _end(self) -> None:
         try:
             what = f"{self._describe()}: no progress for {self._timeout_s:g} s".removeprefix(": ")
-            print(f"error: {what}; last phase: {self._phase}. Stacks follow.", file=sys.stderr, flush=True)
+            if self._lenient:
+                what += " (waiting for another rank, which is the one that stalls)"
+            what += f"; last phase: {self._phase}"
+            print(f"error: {what}. Stacks follow.", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            noting = threading.Thread(target=self._note, args=(what,), daemon=True)
+            noting.start()
+            noting.join(_MARGIN_SECONDS)
         finally:
             os._exit(EXIT_FAILED)
+
+
+def _main_thread_waits_for_others() -> bool:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and any(place in frame.f_code.co_filename for place in _WAITING_PLACES)

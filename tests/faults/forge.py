@@ -1,11 +1,12 @@
 """A process that has imported everything once and forks a fresh `sft` for each request: a second a run, not ten.
 
-Reads one JSON request a line: `{"argv": [...], "env": {...}, "out": FILE, "faults": [...], "cwd": DIR}` answers with
-the child's pid; `{"poll": PID}` answers with its exit status (negative: the signal), or null while it runs.
-The forked process is as fresh as one that a shell starts: nothing was computed before the fork, no thread was started.
+Reads one JSON request a line. `{"argv": [...], "env": {...}, "out": FILE, "faults": [...], "set": {...}, "cwd": DIR}`
+answers with the child's pid; `{"poll": PID}` answers with its exit status (negative: the signal), or null while it
+runs. The forked process is as fresh as one that a shell starts: nothing was computed before the fork, no thread runs.
 
 A fault is `{"where": "sft.module:Name.function", "call": N, "when": "before" | "after", "what": ...}`: the function
-is wrapped in the child, and at its N-th call the fault happens. The product knows nothing of it.
+is wrapped in the child, and at its N-th call the fault happens. The product knows nothing of it. "set" changes
+constants ("sft.module:NAME") that a fresh process would have read from its environment.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def child(request: dict[str, Any]) -> NoReturn:
     os.chdir(request.get("cwd", "."))
     code = 70
     try:
+        for name, value in request.get("set", {}).items():
+            module, _, attribute = name.partition(":")
+            setattr(importlib.import_module(module), attribute, value)
         for fault in request.get("faults", []):
             plant(fault)
         from sft.__main__ import main

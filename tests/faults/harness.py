@@ -207,6 +207,7 @@ class Job:
         env: Mapping[str, str] | None = None,
         command: str = "train",
         only_rank: Mapping[int, Sequence[str]] | None = None,
+        stall_seconds: float = 1800,
     ) -> Run:
         """Start all ranks. `faults`: of rank 0, or by rank. `only_rank`: further arguments for some."""
         by_rank = faults if isinstance(faults, Mapping) else {0: faults}
@@ -222,6 +223,7 @@ class Job:
                 the_forge().fork(
                     argv=[command, str(self.config), *self.overrides, *arguments, *(only_rank or {}).get(rank, ())],
                     env={"SFT_CACHE": str(shared() / "cache"), **(ranks if world > 1 else {}), **(env or {})},
+                    set={"sft.train:STALL_SECONDS": stall_seconds},
                     out=str(out), faults=list(by_rank.get(rank, ())), cwd=str(self.config.parent),
                 )
             )  # fmt: skip

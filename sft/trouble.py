@@ -1,0 +1,127 @@
+"""Trouble inside the loop, put into words: memory that ran out, and another rank that ended."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sft.data.collate import flat, to_device
+from sft.errors import DeviceError
+from sft.space import human
+from sft.trainee import loss_sum
+from sft.types import Example
+
+if TYPE_CHECKING:
+    from sft.config import Config
+    from sft.setup import Job
+
+_CPU_MEMORY = re.compile(r"(?i)DefaultCPUAllocator|can't allocate memory|cannot allocate memory")
+# What gloo and NCCL say when the other end of a connection goes away.
+_CONTACT = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited|socket (error|closed)")
+_SMALLEST = 64
+
+
+class LostContact(RuntimeError):
+    """Another rank ended, so this one cannot go on. Not the cause: that rank says it, or the system's log does."""
+
+    said = True  # in one line, below, rather than with a traceback that points at the wrong place
+
+
+@contextmanager
+def told_apart(rank: int, world: int) -> Iterator[None]:
+    """Turns the noise that other ranks make when one ends into one line each, so that the cause stands out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world == 1 or not is_lost_contact(error):
+            raise
+        lost = LostContact("another rank ended; its own message says why, and where it has none it was killed")
+        print(f"[rank {rank}] stopped: {lost}", file=sys.stderr, flush=True)
+        raise lost from error
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because its peer went away."""
+    return isinstance(error, torch.distributed.DistError) or _CONTACT.search(str(error)) is not None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
+    )
+
+
+def out_of_memory(job: Job, config: Config, *, step: int, longest: int) -> DeviceError:
+    """What used the memory, the micro-batch that fits, what else would help. `longest`: tokens of an example."""
+    job.optimizer.zero_grad(set_to_none=True)
+    weights, gradients, states = _bytes_in_use(job)
+    fits, how = _micro_tokens_that_fit(job, longest)
+    size = human(torch.cuda.get_device_properties(job.device).total_memory) if job.device.type == "cuda" else "memory"
+    advice = []
+    if fits is not None:
+        advice.append(f"batch.micro_tokens={fits} ({how}; a step keeps its {config.batch.examples} conversations)")
+    if job.micro_tokens <= longest or fits is None:
+        advice.append(f"data.max_tokens below {longest}, the longest example")
+    advice += [text for is_open, text in _switches(job, config) if is_open]
+    tokens = max(job.micro_tokens, longest)
+    return DeviceError(
+        f"step {step}, rank {job.rank}: out of memory: a micro-batch of up to {tokens:,} tokens did not fit into the "
+        f"{size} of {job.device} beside weights {human(weights)}, gradients {human(gradients)} and optimizer "
+        f"{human(states)}. Any of these helps: {'; '.join(advice)}. The same command resumes."
+    )
+
+
+def _switches(job: Job, config: Config) -> list[tuple[bool, str]]:
+    tuning = config.model.tuning
+    return [
+        (not job.resolved.get("gradient_checkpointing", False), "model.gradient_checkpointing=true"),
+        (config.optim.type == "adamw" and tuning == "full", "optim.type=adamw_8bit"),
+        (tuning == "full", "model.tuning=lora in a new run"),
+        (tuning != "qlora", "model.tuning=qlora in a new run"),
+        (not job.is_sharded and job.device.type == "cuda", "more GPUs with FSDP (configs/accelerate/fsdp2.yaml)"),
+    ]
+
+
+def _bytes_in_use(job: Job) -> tuple[int, int, int]:
+    """Weights, gradients while a step is at work, optimizer state; on this rank."""
+    parameters = list(job.trainee.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    states = sum(
+        value.numel() * value.element_size()
+        for entries in job.optimizer.state.values()
+        for value in entries.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return weights, gradients, states
+
+
+def _micro_tokens_that_fit(job: Job, longest: int) -> tuple[int | None, str]:
+    """Halves until a pass fits, measured where that is safe: on a GPU, and without other ranks in the model."""
+    tokens = job.micro_tokens // 2
+    if job.device.type != "cuda" or job.is_sharded:
+        return (tokens, "half of now") if tokens >= _SMALLEST else (None, "")
+    while tokens >= max(_SMALLEST, longest // 2):
+        try:
+            _pass(job, tokens, longest)
+        except torch.OutOfMemoryError:
+            tokens //= 2
+            continue
+        finally:
+            job.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return tokens, "measured to fit"
+    return None, ""
+
+
+def _pass(job: Job, tokens: int, longest: int) -> None:
+    """Forward and backward over `tokens` tokens, all trained, past any wrapper that would wait for other ranks."""
+    pieces = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    examples = [Example(np.ones(n, np.int32), np.ones(n, np.float32), "measure") for n in pieces if n > 1]
+    loss_sum(job.trainee, job.trainee, to_device(flat(examples), job.device)).backward()  # type: ignore[no-untyped-call]
