@@ -214,6 +214,15 @@ def test_all_bad_rows_are_counted_and_listed_in_a_file(bundle: TokenizerBundle) 
     assert [entry["line"] for entry in ledger(Path(listed))] == list(range(2, 601, 2))
 
 
+def test_a_long_reason_is_told_once(bundle: TokenizerBundle) -> None:
+    source = write(*[b'{"question": "one", "answer": "two"}'] * 3)
+    with pytest.raises(DataError) as caught:
+        run(bundle, source)
+    text = str(caught.value)
+    assert text.count("columns: {question: prompt, answer: completion}") == 1
+    assert "a.jsonl:2: the same\n  a.jsonl:3: the same\n" in text
+
+
 def test_too_many_drops_stop_whatever_the_reason(bundle: TokenizerBundle) -> None:
     long = GOOD.replace(b"Yes", b"six " * 600)
     source = write(*[GOOD] * 16, long, long, long, b"{")

@@ -26,6 +26,8 @@ from sft.errors import DataError
 from sft.types import Note
 
 SHOWN = 20
+LONG_DETAIL = 120
+"""Characters; a longer reason that repeats itself row by row is told once."""
 _LINE = re.compile(r":(?:row )?(\d+)(?:\[\d+\])?(?:#\d+)?$")
 
 
@@ -39,6 +41,7 @@ class Ledger:
         self.dropped: dict[int, Counter[str]] = {}  # origin → reason → rows
         self.refused: list[str] = []  # the first SHOWN
         self.num_refused = 0
+        self._last_detail = ""
         self._codes: dict[tuple[str, str], int] = {}  # (action, reason) of kept rows → number
         self._noted_conversations = array("q")
         self._noted_codes = array("i")
@@ -47,7 +50,10 @@ class Ledger:
         """A row that `data.on_bad_row` decides about."""
         self.num_refused += 1
         if len(self.refused) < SHOWN:
-            self.refused.append(f"{note.source}: {note.detail or note.reason}")
+            detail = note.detail or note.reason
+            again = detail == self._last_detail and len(detail) > LONG_DETAIL
+            self.refused.append(f"{note.source}: {'the same' if again else detail}")
+            self._last_detail = detail
         self.drop(note, origin)
 
     def drop(self, note: Note, origin: int) -> None:
