@@ -7,9 +7,8 @@ import math
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,13 @@ from sft.batches import Join, StepData, StepFeed
 from sft.console import Console
 from sft.data.collate import to_device
 from sft.distributed import sum_over_ranks, wait_for_all
-from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DeviceError, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
 from sft.optim import set_learning_rate
 from sft.resume import RunState, digest_of
-from sft.runfolder import MetricsLog, RunFolder
+from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
 from sft.session import (
@@ -43,7 +42,7 @@ from sft.session import (
 )
 from sft.signals import StopRequest
 from sft.trainee import loss_sum
-from sft.trouble import is_out_of_memory, out_of_memory, told_apart
+from sft.trouble import failures_noted, note_failure, note_stop_in_preparing, trouble_explained
 from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[s
         try:
             return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
         except Stopped as stopped:
-            _note_stop_in_preparing(folder, str(stopped))
+            note_stop_in_preparing(folder, str(stopped))
             raise
 
 
@@ -100,7 +99,7 @@ def _train(
         if is_first:
             folder.write_status("running", code=None, reason="", step=opening.state.step)
         with (
-            _failures_noted(folder),
+            failures_noted(folder),
             Console(enabled=is_first, total_steps=plan.total_steps, first_step=opening.state.step) as console,
         ):
             session = open_session(
@@ -108,11 +107,11 @@ def _train(
             )
             _introduce(session, opening)
             with (
-                _trouble_explained(session),
+                trouble_explained(session),
                 Watchdog(
                     STALL_SECONDS,
                     lambda: f"rank {rank}, after step {session.state.step}",
-                    lambda reason: _note_failure(folder, EXIT_FAILED, reason),
+                    lambda reason: note_failure(folder, EXIT_FAILED, reason),
                 ) as watchdog,
             ):
                 return _loop(session, stop, watchdog, console.step)
@@ -374,55 +373,3 @@ class _Trackers:
 
 def _device_type() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
-    """Unless another process trains in this folder right now, its status says that this one was stopped."""
-    if os.environ.get("RANK", "0") != "0" or folder.read_status().get("state") == "done":
-        return
-    try:
-        with RunLock(folder.path):
-            step = int(folder.read_status().get("step") or 0)
-            folder.write_status("stopped", code=EXIT_STOPPED, reason=reason, step=step)
-    except SftError:
-        return  # the folder is another run's, or cannot be written: the exit code says it all
-
-
-@contextmanager
-def _trouble_explained(session: Session) -> Iterator[None]:
-    """Memory that ran out, and ranks that end because another did, in words. A save under way is let finish."""
-    job, longest = session.job, int(session.data.train.lengths_E.max())
-    failure: DeviceError | None = None
-    try:
-        with told_apart(job.rank, job.world):
-            try:
-                yield
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
-                failure = DeviceError(str(error).splitlines()[0])
-            if failure is not None:
-                raise out_of_memory(job, session.config, step=session.state.step + 1, longest=longest) from failure
-    finally:
-        if unsaved := session.store.settle():
-            session.say(f"the checkpoint that was being saved failed as well: {unsaved}")
-
-
-@contextmanager
-def _failures_noted(folder: RunFolder) -> Iterator[None]:
-    """Writes a failure to status.json."""
-    try:
-        yield
-    except BaseException as error:
-        code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
-        _note_failure(folder, code, str(error) or type(error).__name__)
-        raise
-
-
-def _note_failure(folder: RunFolder, code: int, reason: str) -> None:
-    """The first cause stays: ranks that fail because another did write nothing."""
-    status = folder.read_status()
-    if status.get("state") == "running":
-        steps = [int(event["step"]) for event in MetricsLog(folder.metrics).read() if event["event"] == "train"]
-        folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]))

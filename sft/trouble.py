@@ -1,9 +1,11 @@
-"""Trouble inside the loop, put into words: memory that ran out, and another rank that ended."""
+"""Trouble put into words and into status.json: memory that ran out, another rank that ended, any failure."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,19 +14,74 @@ import numpy as np
 import torch
 
 from sft.data.collate import flat, to_device
-from sft.errors import DeviceError
+from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError
+from sft.runfolder import MetricsLog, RunFolder
+from sft.runlock import RunLock
 from sft.space import human
 from sft.trainee import loss_sum
 from sft.types import Example
 
 if TYPE_CHECKING:
     from sft.config import Config
+    from sft.session import Session
     from sft.setup import Job
 
 _CPU_MEMORY = re.compile(r"(?i)DefaultCPUAllocator|can't allocate memory|cannot allocate memory")
 # What gloo and NCCL say when the other end of a connection goes away.
 _CONTACT = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited|socket (error|closed)")
 _SMALLEST = 64
+
+
+@contextmanager
+def trouble_explained(session: Session) -> Iterator[None]:
+    """Memory that ran out, and ranks that end because another did, in words. A save under way is let finish."""
+    job, longest = session.job, int(session.data.train.lengths_E.max())
+    failure: DeviceError | None = None
+    try:
+        with told_apart(job.rank, job.world):
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
+                failure = DeviceError(str(error).splitlines()[0])
+            if failure is not None:
+                raise out_of_memory(job, session.config, step=session.state.step + 1, longest=longest) from failure
+    finally:
+        if unsaved := session.store.settle():
+            session.say(f"the checkpoint that was being saved failed as well: {unsaved}")
+
+
+@contextmanager
+def failures_noted(folder: RunFolder) -> Iterator[None]:
+    """Writes a failure to status.json."""
+    try:
+        yield
+    except BaseException as error:
+        code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
+        note_failure(folder, code, str(error) or type(error).__name__)
+        raise
+
+
+def note_failure(folder: RunFolder, code: int, reason: str) -> None:
+    """The first cause stays: ranks that fail because another did write nothing."""
+    status = folder.read_status()
+    if status.get("state") == "running":
+        steps = [int(event["step"]) for event in MetricsLog(folder.metrics).read() if event["event"] == "train"]
+        folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]))
+
+
+def note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
+    """Unless another process trains in this folder right now, its status says that this one was stopped."""
+    if os.environ.get("RANK", "0") != "0" or folder.read_status().get("state") == "done":
+        return
+    try:
+        with RunLock(folder.path):
+            step = int(folder.read_status().get("step") or 0)
+            folder.write_status("stopped", code=EXIT_STOPPED, reason=reason, step=step)
+    except SftError:
+        return  # the folder is another run's, or cannot be written: the exit code says it all
 
 
 class LostContact(RuntimeError):

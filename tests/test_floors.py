@@ -29,11 +29,11 @@ FLOORS: dict[float, str] = {
     "trial sweepspace sweepstorage",
     2.5: "data.sources data.formats data.render data.ledger model memory isolation sweepfile",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
-    3.5: "serving sweepstore data.samples trouble",
+    3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
     4.5: "prepare batches sweepresults",
     5.0: "preview check export report chat init session sweepview evalcommand",
-    5.5: "finish",
+    5.5: "finish trouble",
     6.0: "train sweep",
     7.0: "__main__",
 }
