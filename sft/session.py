@@ -340,7 +340,7 @@ def open_session(
     trainee.train()  # before any forward pass: in evaluation mode, 4-bit layers repack their weights on some CPUs
     proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
     if not proof or config.model.attention not in ("auto", "flat"):
-        proof = setup.prove(trainee, config, device, say)
+        proof = setup.prove(trainee, config, say)
     elif not proof["flat_rows"]:
         trainee.causal.set_attn_implementation("sdpa")
     trainee.head_path = proof["head_path"]

@@ -88,12 +88,11 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerat
             raise ConfigError(
                 f"log.trackers: {tracker} is not installed. Install it (pip install {tracker}) or drop it."
             )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     return Accelerator(
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
         cpu=not torch.accelerator.is_available(),
         # Autocast is the trainee's; only FSDP needs to know, because it casts what it gathers.
-        mixed_precision="bf16" if sharded and precision == "mixed" else "no",
+        mixed_precision="bf16" if is_sharded_launch() and precision == "mixed" else "no",
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
@@ -103,6 +102,10 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerat
         log_with=list(config.log.trackers) or None,
         project_dir=str(run_dir),
     )
+
+
+def is_sharded_launch() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def unused_gpus_hint(command: str = "CONFIG") -> str | None:
@@ -139,6 +142,8 @@ def build_trainee(
 ) -> tuple[Trainee, dict[str, Any]]:
     """The model to train, from its base or from a checkpoint's model/, and facts about it for the record."""
     attention.register()
+    if is_sharded_launch():
+        device = torch.device("cpu")  # a model that needs sharding need not fit on one device
     precision = resolve_precision(config.model.precision, device)
     kinds = dtypes(precision)
     tuning = config.model.tuning
@@ -242,12 +247,13 @@ def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
     return first if isinstance(first, int) else bundle.tokenizer.eos_token_id
 
 
-def prove(trainee: Trainee, config: Config, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+def prove(trainee: Trainee, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """Whether flat rows and the chunked head serve this model: `{"flat_rows", "head_path", …}`.
 
     Raises DeviceError where the user insists on flat rows and the model fails.
     """
     wanted = config.model.attention
+    device = next(trainee.parameters()).device
     exact = False
     if wanted in ("auto", "flat"):
         exact, reason = _flat_rows_serve(trainee, device)

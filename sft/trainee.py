@@ -90,6 +90,11 @@ class Trainee(nn.Module):
         return loss
 
     @property
+    def _no_split_modules(self) -> Any:
+        """The model's decoder layers by name, for launchers that shard a unit a layer (transformers' own attribute)."""
+        return self.causal._no_split_modules
+
+    @property
     def backbone(self) -> nn.Module:
         """The decoder without its head."""
         module: nn.Module = getattr(self.causal, self.causal.base_model_prefix)

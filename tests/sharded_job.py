@@ -1,0 +1,85 @@
+"""Run by two processes under torchrun (gloo): a sharded trainee must train, save and load as a whole one does.
+
+accelerate enables FSDP on accelerators only; torch's `fully_shard`, which it calls, runs on CPU, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from sft import attention
+from sft.data.collate import flat
+from sft.model import load_base
+from sft.optim import build, load_state_by_name, state_by_name, whole
+from sft.trainee import Trainee, loss_sum
+from sft.types import Example
+
+OPTIONS: Any = {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def examples() -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [Example(rng.integers(0, 256, n, dtype=np.int32), np.ones(n, np.float32), f"s:{n}") for n in (5, 17, 9, 30)]
+
+
+def trainee(model: Path, *, shard: bool) -> tuple[Trainee, torch.optim.Optimizer, dict[Any, str]]:
+    attention.register()
+    base = load_base(str(model), dtype=torch.float32, attention=attention.FLAT)
+    made = Trainee(base, compute_dtype=torch.float32, autocast=False).train()
+    if shard:
+        for layer in base.model.layers:
+            fully_shard(layer)
+        fully_shard(made)
+    names = {parameter: name for name, parameter in made.named_parameters()}
+    return made, build("adamw", made.named_parameters(), **OPTIONS), names
+
+
+def step(made: Trainee, optimizer: torch.optim.Optimizer, members: list[Example], world: int) -> None:
+    targets = sum(len(e.input_ids_T) - 1 for e in examples())
+    (loss_sum(made, made, flat(members)) * (world / targets)).backward()
+    torch.nn.utils.clip_grad_norm_(list(made.parameters()), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main(model: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sharded, optimizer, names = trainee(model, shard=True)
+    plain, plain_optimizer, plain_names = trainee(model, shard=False)
+    for _ in range(3):
+        step(sharded, optimizer, examples()[rank::world], world)
+        step(plain, plain_optimizer, examples(), 1)
+    state, weights = state_by_name(optimizer, names), {n: whole(p) for p, n in names.items()}
+    expected_state = state_by_name(plain_optimizer, plain_names)
+    assert state.keys() == expected_state.keys()
+    for name, tensor in expected_state.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-6)
+    for parameter, name in plain_names.items():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+    again, again_optimizer, again_names = trainee(model, shard=True)
+    with torch.no_grad():
+        for parameter, name in again_names.items():
+            full = weights[name]
+            parameter.copy_(
+                torch.distributed.tensor.distribute_tensor(full, parameter.device_mesh, parameter.placements)
+            )
+    load_state_by_name(again_optimizer, again_names, state)
+    step(sharded, optimizer, examples()[rank::world], world)
+    step(again, again_optimizer, examples()[rank::world], world)
+    for (parameter, name), other in zip(names.items(), again_names, strict=True):
+        assert torch.equal(whole(parameter), whole(other)), name
+    print(f"rank {rank}: sharded state is exact")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
