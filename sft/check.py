@@ -1,0 +1,204 @@
+"""`sft check`: everything that can be known before training, in one picture, with each problem and its cure.
+
+Reads the config, the tokenizer, the model's config.json and the data, never the weights. The data is prepared as
+`sft train` prepares it, into the same cache, so that this work is done once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sft.checkmachine import look_at_disk, look_at_memory, look_at_model, look_at_packages, look_at_run
+from sft.checkview import print_picture
+from sft.errors import EXIT_DONE, EXIT_USER, DataError, DeviceError, SftError
+from sft.picture import Picture, as_object
+from sft.schedule import plan
+
+if TYPE_CHECKING:
+    from sft.config import Config, Source
+    from sft.configfile import LoadedConfig
+    from sft.data.loader import Prepared
+
+Say = Callable[[str], None]
+
+SHOWN_BAD_ROWS = 20
+TINY_SHARE = 0.02  # of trained tokens, below which most of the work is spent on context
+FEW_HELD_OUT = 20
+
+
+def check(loaded: LoadedConfig, *, as_json: bool = False) -> int:
+    """Prints the picture and returns the exit code: 2 where there are problems."""
+    picture = inspect(loaded, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if as_json:
+        print(json.dumps(as_object(picture), indent=1, ensure_ascii=False))
+    else:
+        print_picture(picture, sys.stdout)
+    return EXIT_USER if picture.problems else EXIT_DONE
+
+
+def inspect(loaded: LoadedConfig, *, say: Say) -> Picture:
+    """Looks at everything; what is wrong becomes a problem of the picture, not an exception."""
+    picture = Picture(loaded.config, loaded.path, loaded.run_dir, warnings=list(loaded.unread))
+    look_at_model(picture)
+    look_at_tokenizer(picture)
+    look_at_data(picture, say)
+    look_at_steps(picture)
+    look_at_packages(picture)
+    look_at_memory(picture)
+    look_at_disk(picture)
+    look_at_run(picture)
+    return picture
+
+
+def look_at_tokenizer(picture: Picture) -> None:
+    """The tokenizer, the template in use and its stop tokens."""
+    from sft.prepare import load_bundle
+
+    try:
+        bundle = picture.bundle = load_bundle(picture.config)
+    except SftError as error:
+        if picture.settings:  # else the model is not there at all, which was said
+            picture.problems.append(str(error))
+        return
+    picture.notes += bundle.notes
+    rows = picture.shape.vocabulary if picture.shape else None
+    if rows is not None and len(bundle.tokenizer) > rows:
+        picture.notes.append(
+            f"the tokenizer has {len(bundle.tokenizer):,} tokens, the model's embedding {rows:,} rows: it is grown"
+        )
+
+
+def look_at_data(picture: Picture, say: Say) -> None:
+    """Prepares the data; where that fails, says all that is wrong and prepares what can be, for its counts."""
+    from sft.data.loader import prepare
+    from sft.prepare import cache_dir
+
+    config = _with_sources_that_exist(picture)
+    if config is None:
+        return
+    if picture.bundle is None:
+        _read_only(picture, config.data.train)
+        return
+    try:
+        picture.prepared = prepare(config, picture.bundle, cache_dir=cache_dir(), say=say)
+    except (DataError, DeviceError) as error:
+        picture.problems.append(str(error))
+        lenient = config.data.model_copy(update={"on_bad_row": "skip", "max_dropped": 1.0})
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                partial = config.model_copy(update={"data": lenient})
+                picture.prepared = prepare(partial, picture.bundle, cache_dir=Path(folder), say=lambda line: None)
+                picture.prepared.train.lengths_E.sum()  # mapped, and cached, before the folder goes
+            except (DataError, DeviceError):
+                _read_only(picture, config.data.train)  # nothing at all is left: at least the rows are counted
+        return
+    _judge_data(picture, picture.prepared)
+
+
+def _with_sources_that_exist(picture: Picture) -> Config | None:
+    """The config without the sources that are not there, each of which is a problem; None where none is left."""
+    from sft.data.sources import source_files
+
+    def existing(sources: list[Source], name: str) -> list[Source]:
+        found = []
+        for number, source in enumerate(sources):
+            try:
+                source_files(source.path, source.split)
+            except SftError as error:
+                picture.problems.append(f"data.{name}.{number}.path: {error}")
+            else:
+                found.append(source)
+        return found
+
+    data = picture.config.data
+    train = existing(data.train, "train")
+    scored = existing(data.eval, "eval") if isinstance(data.eval, list) else data.eval
+    if not train:
+        return None
+    return picture.config.model_copy(update={"data": data.model_copy(update={"train": train, "eval": scored or 0})})
+
+
+def _read_only(picture: Picture, sources: list[Source]) -> None:
+    """Reads rows and brings them to their formats, where no tokenizer can encode them."""
+    from sft.data.pipeline import Dealer, to_sample
+    from sft.data.sources import read_rows
+    from sft.types import Note
+
+    bad: list[str] = []
+    dealer = Dealer(lambda line: None, {})
+    for origin, source in enumerate(sources):
+        try:
+            rows = read_rows(
+                source.path, **source.model_dump(include={"split", "subset", "revision", "columns", "limit"})
+            )
+            for batch in dealer.deal(rows, origin, source.format):
+                picture.rows += len(batch.rows)
+                samples = (to_sample(row, batch) for row in batch.rows)
+                bad += [f"{note.source}: {note.detail}" for note in samples if isinstance(note, Note)]
+        except SftError as error:
+            picture.problems.append(f"data.train.{origin}: {error}")
+    picture.bad_rows = len(bad)
+    said = any(line in problem for line in bad[:1] for problem in picture.problems)
+    if bad and not said:
+        more = f"\n  … and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
+        lines = "\n  ".join(bad[:SHOWN_BAD_ROWS])
+        picture.problems.append(f"{len(bad):,} bad rows:\n  {lines}{more}\nRepair them, or set data.on_bad_row: skip.")
+
+
+def _judge_data(picture: Picture, prepared: Prepared) -> None:
+    report, config = prepared.report, picture.config
+    longest = int(prepared.train.lengths_E.max())
+    context = picture.settings.get("text_config", picture.settings).get("max_position_embeddings")
+    if isinstance(context, int) and longest > context:
+        picture.problems.append(
+            f"data.max_tokens: {config.data.max_tokens:,} lets examples of {longest:,} tokens in, but the model's "
+            f"context ends at {context:,}. Set data.max_tokens: {context}."
+        )
+    share = report["trained_tokens"] / max(1, report["tokens"])
+    if share < TINY_SHARE:
+        picture.warnings.append(
+            f"only {share:.2%} of the tokens are trained (data.train_on: {config.data.train_on}). "
+            f"Look at them: sft preview {picture.path}"
+        )
+    conversations, step = prepared.train.num_conversations, config.batch.examples
+    if conversations < step:
+        picture.warnings.append(
+            f"batch.examples: a step takes {step} conversations, the data has {conversations}: each epoch is one step"
+        )
+    if prepared.eval is not None and prepared.eval.num_conversations < FEW_HELD_OUT:
+        picture.warnings.append(
+            f"data.eval: {prepared.eval.num_conversations} held-out conversations make a noisy evaluation"
+        )
+    picture.warnings += _duplicates(prepared)
+
+
+def _duplicates(prepared: Prepared) -> Iterator[str]:
+    """Rows that are trained and scored as well, and rows that come twice."""
+    import numpy as np
+
+    from sft.data.store import Store
+
+    arrays = Store(prepared.path).arrays
+    trained = arrays["hashes"][arrays["train"]]
+    scored = arrays["hashes"][arrays["eval"]]
+    leaked = int(np.isin(scored, trained).sum())
+    if leaked:
+        yield f"data.eval: {leaked:,} of {len(scored):,} evaluation rows are trained on as well: their loss says little"
+    copies = len(trained) - len(np.unique(trained))
+    if copies:
+        yield f"data.train: {copies:,} of {len(trained):,} rows are copies of other rows"
+
+
+def look_at_steps(picture: Picture) -> None:
+    from sft.data.order import conversations_per_epoch
+
+    if picture.prepared is None:
+        return
+    train, config = picture.config.train, picture.config
+    number = conversations_per_epoch(picture.prepared.train.repeats_C)
+    picture.plan = plan(number, config.batch.examples, train.epochs, train.max_steps) if number else None

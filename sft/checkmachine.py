@@ -1,0 +1,236 @@
+"""The part of `sft check` that looks at the model and the machine: kind, packages, memory, disk, run folder.
+
+Weights are never read: config.json, the headers of files, and arithmetic are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sft.errors import DeviceError, SftError
+from sft.memory import Memory, estimate, model_shape
+from sft.picture import Picture
+from sft.runfolder import RunFolder
+from sft.space import check_space, free_bytes
+
+CPU_MICRO_TOKENS = 4096  # what `batch.micro_tokens: auto` takes on a CPU
+CHECKPOINT_FACTOR = 3  # a checkpoint holds the trained weights and two moments of each
+
+
+def look_at_model(picture: Picture) -> None:
+    """config.json, whether transformers knows such a model, where its weights are."""
+    from sft.gguf import gguf_file
+
+    model = picture.config.model
+    try:
+        file = gguf_file(model.name)
+    except SftError as error:
+        picture.problems.append(str(error))
+        return
+    picture.settings = gguf_settings(file) if file else _config_json(model.name, model.revision)
+    if not picture.settings:
+        picture.problems.append(
+            f"model.name: {model.name!r} has no config.json that this machine can reach. "
+            "Give a hub id (check the spelling and the network), a folder with config.json and safetensors, or a "
+            ".gguf file."
+        )
+        return
+    picture.shape = model_shape(picture.settings)
+    folder = Path(model.name)
+    if file is None:
+        picture.problems += _unknown_kind(picture)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            picture.problems.append(
+                f"model.name: there are no *.safetensors in {folder}. Weights are read from safetensors only; "
+                "save the model again with save_pretrained."
+            )
+    picture.parameters = picture.settings.get("_parameters") or _parameters_in(folder)
+    if picture.parameters is None and picture.shape is not None:
+        picture.parameters = picture.shape.parameters
+    adapter = model.adapter
+    if adapter and Path(adapter).exists() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        picture.problems.append(
+            f"model.adapter: {adapter!r} holds no adapter_model.safetensors. Name the folder of a trained adapter, "
+            "such as runs/x/final."
+        )
+
+
+def _config_json(name: str, revision: str | None) -> Mapping[str, Any]:
+    from sft.tokenizer import read_settings
+
+    try:
+        return read_settings(name, revision, "config.json") or {}
+    except (OSError, ValueError):  # not a name that the hub takes, or not JSON: the caller says what is wanted
+        return {}
+
+
+def _unknown_kind(picture: Picture) -> Iterator[str]:
+    """Models that transformers cannot build, or only with code of their own."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    kind, model = str(picture.settings.get("model_type", "")), picture.config.model
+    if kind in KNOWN:
+        return
+    brings_code = "AutoModelForCausalLM" in (picture.settings.get("auto_map") or {})
+    if brings_code and model.trust_remote_code:
+        picture.warnings.append(f"model.trust_remote_code: code that comes with {model.name} is run")
+    elif brings_code:
+        yield (
+            f"model.name: {model.name} ({kind}) runs only with Python code that comes with it. Read that code, then "
+            "set model.trust_remote_code: true; or choose a model that transformers knows."
+        )
+    else:
+        yield (
+            f"model.name: {model.name} is a {kind or 'nameless'!r} model, which transformers "
+            f"{transformers.__version__} does not know as a causal language model. "
+            "Choose another model, or a newer transformers."
+        )
+
+
+def _parameters_in(folder: Path) -> int | None:
+    from sft.glance import safetensors_parameters
+
+    return sum(map(safetensors_parameters, folder.glob("*.safetensors"))) or None if folder.is_dir() else None
+
+
+def gguf_settings(file: Path) -> dict[str, Any]:
+    """The header of a GGUF file in the words of a config.json."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(str(file))
+    kind = str(reader.fields["general.architecture"].contents())
+    names = {
+        "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
+    }  # fmt: skip
+    found = {ours: reader.fields.get(f"{kind}.{theirs}") for ours, theirs in names.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    return {
+        "model_type": kind,
+        **{key: value.contents() for key, value in found.items() if value is not None},
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "_parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
+    }
+
+
+def look_at_packages(picture: Picture) -> None:
+    config = picture.config
+    if find_spec("bitsandbytes") is None:
+        for key, value in (("model.tuning", config.model.tuning), ("optim.type", config.optim.type)):
+            if value == "qlora" or value.endswith("8bit"):
+                picture.problems.append(
+                    f"{key}: {value} needs bitsandbytes, which is not installed. Install it (pip install 'sft[qlora]')."
+                )
+    for tracker in config.log.trackers:
+        if find_spec(tracker) is None:
+            picture.problems.append(
+                f"log.trackers: {tracker} is not installed. Install it (pip install {tracker}), or leave it out."
+            )
+
+
+def look_at_memory(picture: Picture) -> None:
+    """The estimate for this machine's first device, and how much of it is free."""
+    import torch
+
+    from sft.model import resolve_precision
+
+    config, shape = picture.config, picture.shape
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    picture.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    picture.precision = resolve_precision(config.model.precision, device)
+    picture.available = _free_memory(device.type)
+    if shape is None:
+        return
+    picture.micro_tokens = _micro_tokens(picture, device.type)
+    setting = config.model.gradient_checkpointing
+
+    def with_checkpointing(checkpointing: bool) -> Memory:
+        return estimate(
+            shape, tuning=config.model.tuning, precision=picture.precision, optimizer=config.optim.type,
+            rank=config.model.lora.rank, micro_tokens=picture.micro_tokens, checkpointing=checkpointing,
+            double_quant=config.model.quantization.double_quant, parameters=picture.parameters,
+        )  # fmt: skip
+
+    picture.memory = with_checkpointing(setting is True)
+    if setting == "auto" and device.type == "cuda" and picture.memory.total > 0.8 * picture.available:
+        picture.memory = with_checkpointing(True)
+    _judge_memory(picture, picture.memory, picture.available, torch.cuda.device_count() if device.type == "cuda" else 1)
+
+
+def _free_memory(kind: str) -> int:
+    if kind == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _micro_tokens(picture: Picture, kind: str) -> int:
+    """As the run will choose: on CUDA at least the longest example must fit, and more is taken only where it does."""
+    wanted = picture.config.batch.micro_tokens
+    if wanted != "auto":
+        return int(wanted)
+    if picture.prepared is None or not picture.prepared.train.num_examples:
+        return picture.config.data.max_tokens
+    lengths_E = picture.prepared.train.lengths_E
+    longest = int(lengths_E.max())
+    step = int(lengths_E.mean() * picture.config.batch.examples) + 1
+    return longest if kind == "cuda" else max(longest, min(step, CPU_MICRO_TOKENS))
+
+
+def _judge_memory(picture: Picture, memory: Memory, available: int, devices: int) -> None:
+    from sft.pages import num_bytes
+
+    cures = {
+        "full": "model.tuning: lora or qlora, optim.type: adamw_8bit, or several GPUs with "
+        "accelerate launch --config_file configs/accelerate/fsdp2.yaml",
+        "lora": "model.tuning: qlora, a smaller data.max_tokens, or a smaller model",
+        "qlora": "a smaller data.max_tokens, or a smaller model",
+    }[picture.config.model.tuning]
+    if memory.states > available * devices:
+        picture.problems.append(
+            f"memory: weights, gradients and optimizer need about {num_bytes(memory.states)}, and {picture.device} has "
+            f"{num_bytes(available)} free{f' on each of {devices} devices' if devices > 1 else ''}. Use {cures}."
+        )
+    elif memory.total > available:
+        picture.warnings.append(
+            f"memory: about {num_bytes(memory.total)} for micro-batches of {picture.micro_tokens:,} tokens, and "
+            f"{num_bytes(available)} are free. Use model.gradient_checkpointing: true, a smaller data.max_tokens or "
+            f"batch.micro_tokens, or {cures}."
+        )
+
+
+def look_at_disk(picture: Picture) -> None:
+    """As the run itself will ask before its first step."""
+    trained, keep = picture.trained_parameters, picture.config.save.keep
+    picture.disk_free = free_bytes(picture.run_dir)
+    if trained is None:
+        return
+    weights = trained * (2 if picture.precision == "bf16" else 4)
+    picture.disk_needed = (keep + 1) * CHECKPOINT_FACTOR * weights + weights
+    try:
+        check_space(picture.run_dir, CHECKPOINT_FACTOR * weights, keep, final_bytes=weights)
+    except DeviceError as error:
+        picture.problems.append(str(error))
+
+
+def look_at_run(picture: Picture) -> None:
+    """What lies in the run folder already."""
+    status = RunFolder(picture.run_dir).read_status()
+    state, step = status.get("state"), status.get("step", 0)
+    if state == "done":
+        picture.notes.append(
+            f"{picture.run_dir} holds a finished run (step {step}): sft train leaves it as it is; "
+            "--fresh or another run.dir starts anew"
+        )
+    elif state:
+        picture.notes.append(f"{picture.run_dir} holds a run that is {state} at step {step}: sft train continues it")

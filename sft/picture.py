@@ -1,0 +1,86 @@
+"""What `sft check` found, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.memory import Memory, ModelShape
+from sft.schedule import Plan
+
+if TYPE_CHECKING:
+    from sft.config import Config
+    from sft.data.loader import Prepared
+    from sft.tokenizer import TokenizerBundle
+
+
+@dataclass
+class Picture:
+    """What `check` found. `problems` keep a run from starting or from making sense; `warnings` do not."""
+
+    config: Config
+    path: Path
+    run_dir: Path
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the model's config.json
+    shape: ModelShape | None = None
+    parameters: int | None = None
+    bundle: TokenizerBundle | None = None
+    prepared: Prepared | None = None
+    rows: int = 0  # read, where nothing could be prepared
+    bad_rows: int = 0
+    plan: Plan | None = None
+    device: str = ""
+    precision: str = ""
+    memory: Memory | None = None
+    micro_tokens: int = 0
+    available: int | None = None  # bytes of memory on the device
+    disk_needed: int | None = None
+    disk_free: int = 0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The counts of the data; all zero where nothing could be prepared."""
+        if self.prepared is not None:
+            return self.prepared.report
+        return {
+            "rows": self.rows, "kept": 0, "dropped": {"bad_row": self.bad_rows} if self.bad_rows else {},
+            "held_out": 0, "cut": 0, "altered": {}, "examples": 0, "tokens": 0, "trained_tokens": 0,
+            "by_source": [], "length_histogram": [], "eval": None, "formats": {},
+        }  # fmt: skip
+
+    @property
+    def trained_parameters(self) -> int | None:
+        if self.config.model.tuning == "full":
+            return self.parameters
+        return self.shape.lora_parameters(self.config.model.lora.rank) if self.shape else None
+
+
+def as_object(picture: Picture) -> dict[str, Any]:
+    """What `--json` prints: the promised keys first."""
+    report, bundle = picture.report, picture.bundle
+    stops = list(bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))) if bundle else []
+    return {
+        **{key: report[key] for key in ("rows", "kept", "dropped", "examples", "tokens", "trained_tokens")},
+        "steps": picture.plan.total_steps if picture.plan else 0,
+        "template": bundle.template_name if bundle else picture.config.data.template,
+        "stop_tokens": stops,
+        "problems": picture.problems,
+        "warnings": picture.warnings,
+        "notes": picture.notes,
+        **{key: report[key] for key in ("held_out", "cut", "altered", "by_source", "length_histogram", "eval")},
+        "proven_examples": report["examples"],
+        "model_type": picture.settings.get("model_type"),
+        "parameters": picture.parameters,
+        "trained_parameters": picture.trained_parameters,
+        "device": picture.device,
+        "precision": picture.precision,
+        "memory": picture.memory.as_dict() if picture.memory else None,
+        "memory_available": picture.available,
+        "disk_needed": picture.disk_needed,
+        "disk_free": picture.disk_free,
+    }

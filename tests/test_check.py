@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.check import check, inspect
+from sft.checkmachine import _judge_memory
+from sft.checkview import large, print_picture
+from sft.configfile import LoadedConfig, load_config
+from sft.errors import EXIT_DONE, EXIT_USER
+from sft.memory import Memory
+from sft.picture import Picture, as_object
+
+
+def row(number: int = 0, answer: str = "hello world") -> dict[str, Any]:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    question = f"Hello {words[number % 10]} {words[number // 10 % 10]}"
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    return
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def config_for(tmp_path: Path, model: Path | str, *files: Path | str, overrides: tuple[str, ...] = ()) -> LoadedConfig:
+    file = tmp_path / "my.yaml"
+    sources = json.dumps([str(path) for path in files])
+    file.write_text(
+        f"run: {{dir: {tmp_path}/run}}\nmodel: {{name: {model}}}\ndata: {{train: {sources}, eval: 4}}\n"
+        "batch: {examples: 8}\n"
+    )
+    return load_config(file, overrides)
+
+
+def look(loaded: LoadedConfig) -> Picture:
+    return inspect(loaded, say=lambda line: None)
+
+
+def the_problem(loaded: LoadedConfig) -> str:
+    (problem,) = look(loaded).problems
+    return problem
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "a.jsonl", *(row(number) for number in range(40)))
+
+
+def test_json_holds_the_promised_keys_and_the_counts_add_up(
+    tmp_path: Path, model_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(config_for(tmp_path, model_folder, data), as_json=True) == EXIT_DONE
+    found = json.loads(capsys.readouterr().out)
+    promised = [
+        "rows", "kept", "dropped", "examples", "tokens", "trained_tokens", "steps", "template", "stop_tokens",
+        "problems",
+    ]  # fmt: skip
+    assert list(found)[:10] == promised
+    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (40, 36, 4, {})
+    assert found["tokens"] == 36 * 18  # each row: 4 + 5 + 2 + 6 + newline
+    assert found["trained_tokens"] == 36 * 4  # hello, blank, world, stop
+    assert found["steps"] == 5  # 36 conversations, 8 a step
+    assert (found["template"], found["stop_tokens"], found["problems"]) == ("model", ["<|im_end|>"], [])
+    assert found["parameters"] == 256 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
+    assert found["memory"]["total"] == sum(v for key, v in found["memory"].items() if key != "total")
+
+
+def test_no_weights_are_needed_but_their_absence_is_a_problem(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    loaded = config_for(tmp_path, folder, data)
+    picture = look(loaded)
+    assert picture.problems == [
+        f"model.name: there are no *.safetensors in {folder}. Weights are read from safetensors only; "
+        "save the model again with save_pretrained."
+    ]
+    assert picture.report["kept"] == 36
+    assert picture.memory is not None
+
+
+def test_all_that_is_wrong_is_said_at_once(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write(
+        tmp_path / "bad.jsonl", row(), "{", {"messages": [{"role": "user", "content": 3}]}, row(1), row(2), row(3)
+    )
+    loaded = config_for(
+        tmp_path, model_folder, bad, tmp_path / "nope.jsonl", overrides=("log.trackers=[wandb]", "data.eval=0")
+    )
+    assert check(loaded) == EXIT_USER
+    output = capsys.readouterr().out
+    for text in (
+        "data.train.1.path",
+        "nope.jsonl: no such file",
+        "2 bad rows of 6",
+        "bad.jsonl:2",
+        "bad.jsonl:3",
+        "wandb is not installed",
+    ):
+        assert text in output, text
+    assert "3 problems to solve before training." in output
+
+
+def test_counts_are_there_although_rows_are_bad(tmp_path: Path, model_folder: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", *(row(number) for number in range(20)), "{")
+    found = as_object(look(config_for(tmp_path, model_folder, bad)))
+    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (21, 16, 4, {"bad_row": 1})
+    assert found["steps"] == 2
+    assert len(found["problems"]) == 1
+
+
+def test_rows_are_read_although_the_model_is_missing(tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", row(), "{")
+    picture = look(config_for(tmp_path, tmp_path / "nowhere", bad))
+    assert picture.rows == 2
+    model, rows = picture.problems
+    assert model.startswith(f"model.name: '{tmp_path}/nowhere' has no config.json that this machine can reach.")
+    assert f"{bad}:2: " in rows
+    assert as_object(picture)["rows"] == 2
+
+
+def test_everything_dropped_is_a_problem_with_counts(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    picture = look(config_for(tmp_path, model_folder, data, overrides=("data.max_tokens=5",)))
+    (problem,) = picture.problems
+    assert "40 of 40 rows (100.0%) were dropped" in problem
+    assert "raise data.max_tokens" in problem
+    assert picture.rows == 40
+
+
+def test_a_base_model_without_template_is_told_so(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    assert "Set data.template: chatml" in the_problem(config_for(tmp_path, folder, data))
+    assert look(config_for(tmp_path, folder, data, overrides=("data.template=chatml",))).problems == []
+
+
+def edited(model_folder: Path, target: Path, **settings: Any) -> Path:
+    shutil.copytree(model_folder, target)
+    config = target / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    return target
+
+
+def test_examples_beyond_the_context_are_a_problem(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    folder = edited(model_folder, tmp_path / "short", max_position_embeddings=16)
+    assert the_problem(config_for(tmp_path, folder, data)).endswith("context ends at 16. Set data.max_tokens: 16.")
+
+
+def test_unknown_kinds_of_model(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    custom = edited(
+        model_folder, tmp_path / "own", model_type="own_kind", auto_map={"AutoModelForCausalLM": "modeling.Own"}
+    )
+    problem = next(p for p in look(config_for(tmp_path, custom, data)).problems if "trust_remote_code" in p)
+    assert "Read that code, then set model.trust_remote_code: true" in problem
+    encoder = edited(model_folder, tmp_path / "encoder", model_type="t5")
+    assert any(
+        "does not know as a causal language model" in p for p in look(config_for(tmp_path, encoder, data)).problems
+    )
+
+
+def test_a_grown_vocabulary_is_noted(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    folder = edited(model_folder, tmp_path / "small", vocab_size=64)
+    picture = look(config_for(tmp_path, folder, data))
+    assert any("the model's embedding 64 rows: it is grown" in note for note in picture.notes)
+
+
+def test_missing_packages(tmp_path: Path, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sft.checkmachine
+
+    monkeypatch.setattr(sft.checkmachine, "find_spec", lambda name: None)
+    overrides = ("model.tuning=qlora", "optim.type=adamw_8bit", "log.trackers=[tensorboard]")
+    problems = look(config_for(tmp_path, model_folder, data, overrides=overrides)).problems
+    assert [problem.split(":")[0] for problem in problems] == ["model.tuning", "optim.type", "log.trackers"]
+
+
+def test_an_adapter_that_is_none(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    problem = the_problem(config_for(tmp_path, model_folder, data, overrides=(f"model.adapter={tmp_path}",)))
+    assert problem.startswith("model.adapter: ")
+
+
+def test_rows_that_are_trained_and_scored_are_named(tmp_path: Path, model_folder: Path) -> None:
+    train = write(tmp_path / "a.jsonl", *(row(number) for number in range(30)), row(0))
+    scored = write(tmp_path / "b.jsonl", *(row(number) for number in range(28, 60)))
+    warnings = look(config_for(tmp_path, model_folder, train, overrides=(f"data.eval={scored}",))).warnings
+    assert warnings == [
+        "data.eval: 2 of 32 evaluation rows are trained on as well: their loss says little",
+        "data.train: 1 of 31 rows are copies of other rows",
+    ]
+
+
+def test_what_is_unwise_is_a_warning(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    overrides = ("batch.examples=64", "optim.decay=0.1")
+    picture = look(config_for(tmp_path, model_folder, data, overrides=overrides))
+    assert picture.problems == []
+    unread, few, noisy = picture.warnings
+    assert unread.startswith("optim.decay (command line) is set but not read")
+    assert few == "batch.examples: a step takes 64 conversations, the data has 36: each epoch is one step"
+    assert noisy.startswith("data.eval: 4 held-out conversations")
+
+
+def test_a_tiny_share_of_trained_tokens_is_a_warning(tmp_path: Path, model_folder: Path) -> None:
+    long = [row(number) for number in range(30)]
+    for one in long:
+        one["messages"][0]["content"] += " one" * 200
+    picture = look(config_for(tmp_path, model_folder, write(tmp_path / "a.jsonl", *long)))
+    assert picture.warnings[0].startswith("only 0.96% of the tokens are trained (data.train_on: auto).")
+
+
+def test_too_little_memory(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    picture = look(config_for(tmp_path, model_folder, data, overrides=("model.tuning=full",)))
+    memory = Memory(weights=40 * 2**30, gradients=20 * 2**30, optimizer=20 * 2**30, activations=2**30, logits=0)
+    for available, devices, problems, warnings in ((100, 1, 0, 0), (80, 1, 0, 1), (70, 1, 1, 0), (70, 2, 0, 1)):
+        fresh = Picture(picture.config, picture.path, picture.run_dir)
+        _judge_memory(fresh, memory, available * 2**30, devices)
+        assert (len(fresh.problems), len(fresh.warnings)) == (problems, warnings), available
+    _judge_memory(picture, memory, 70 * 2**30, 1)
+    assert "need about 80.0 GiB, and CPU has 70.0 GiB free. Use model.tuning: lora or qlora" in picture.problems[-1]
+
+
+def test_too_little_disk(tmp_path: Path, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sft.space
+
+    monkeypatch.setattr(sft.space, "free_bytes", lambda folder: 1000)
+    assert "too little disk space" in the_problem(config_for(tmp_path, model_folder, data))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [("done", "a finished run (step 7)"), ("stopped", "a run that is stopped at step 7")]
+)
+def test_a_run_that_is_there_is_noted(tmp_path: Path, model_folder: Path, data: Path, state: str, words: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text(json.dumps({"state": state, "step": 7}))
+    (note,) = look(config_for(tmp_path, model_folder, data)).notes
+    assert words in note
+
+
+def test_the_picture_on_paper(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    stream = io.StringIO()
+    print_picture(look(config_for(tmp_path, model_folder, data)), stream)
+    lines = {line[:11].strip(): line[11:] for line in stream.getvalue().splitlines() if line[:11].strip()}
+    assert list(lines) == [
+        "config", "model", "tuning", "data", "held out", "lengths", "template", "stops at", "steps", "memory", "disk",
+        "warning",
+    ]  # fmt: skip
+    assert lines["held out"] == "4 conversations, 72 tokens, 16 of them scored"
+    assert lines["template"] == (
+        "model, data.train_on: auto; proven for all 40 examples: each trained span decodes to its message"
+    )
+    assert lines["steps"] == (
+        "5 of 8 conversations, about 144 tokens each; 1 epoch of 5; evaluation every 1; checkpoint every 1"
+    )
+    assert stream.getvalue().splitlines()[-1].strip().startswith("No problems. Look at the data: sft preview ")
+    assert "\x1b[" not in stream.getvalue()
+
+
+def test_large_numbers() -> None:
+    assert [large(n) for n in (999, 27_168, 134_515_008, 8_030_261_248)] == ["999", "27.2 k", "134.5 M", "8.0 B"]
