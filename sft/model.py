@@ -84,6 +84,11 @@ def load_base(
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.name: {name!r} brings code of its own, which was not run. Read it, then allow it with "
+                "model.trust_remote_code: true, or choose a model that transformers knows by itself."
+            ) from error
         raise ModelError(
             f"model.name: {name!r} could not be loaded: {_first_line(error)} "
             "Give a hub id that this machine can reach, or a folder with config.json and safetensors."

@@ -20,7 +20,7 @@ from sft.batches import Join, StepData, StepFeed
 from sft.console import Console
 from sft.data.collate import to_device
 from sft.distributed import sum_over_ranks, wait_for_all
-from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DeviceError, Stopped
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
@@ -42,7 +42,7 @@ from sft.session import (
 )
 from sft.signals import StopRequest
 from sft.trainee import loss_sum
-from sft.trouble import failures_noted, note_failure, note_stop_in_preparing, trouble_explained
+from sft.trouble import decide_on_nonfinite, failures_noted, note_failure, note_stop_in_preparing, trouble_explained
 from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
     lr = _learning_rate(session, data.step)
     set_learning_rate(job.optimizer, lr)
     total = torch.zeros((), dtype=torch.float64, device=job.device)
+    losses: list[torch.Tensor] = []
     for micro, batch in enumerate(data.batches):
         is_last = micro == len(data.batches) - 1
         torch.manual_seed(_seed(config.run.seed, data.step, micro, job.rank))
@@ -202,7 +203,8 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
             loss = loss_sum(job.module, job.trainee, to_device(batch, job.device))
             # DDP and FSDP average gradients over ranks; times the number of ranks that is the sum.
             job.accelerator.backward(loss * (job.world / max(data.weight, 1e-12)))
-        total += loss.detach()
+        losses.append(loss.detach())
+        total += losses[-1]
     max_norm = config.optim.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(list(job.names), max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -210,7 +212,7 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
     finite = math.isfinite(own[0]) and math.isfinite(own[1])
     loss_all, bad_ranks, stop_ranks = sum_over_ranks([own[0] if finite else 0.0, float(not finite), own[2]], job.device)
     if bad_ranks:
-        _explain_nonfinite(session, data, finite=finite)
+        decide_on_nonfinite(session, data, losses)
     elif data.weight > 0:
         job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
@@ -240,32 +242,6 @@ def _seed(seed: int, step: int, micro: int, rank: int) -> int:
     """Dropout and noise depend on where a micro-batch stands, not on what ran before it in this process."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _explain_nonfinite(session: Session, data: StepData, *, finite: bool) -> None:
-    """No step is taken. Stops, or counts the skip up to `train.max_nonfinite_skips`."""
-    train = session.config.train
-    rows = sorted({source for sources in data.sources for source in sources})
-    where = f"step {data.step}, rank {session.job.rank}"
-    if not finite:
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        session.say(f"{where}: loss or gradient is not finite; no step is taken. Rows: {shown}")
-        if not session.job.is_first:
-            print(f"{where}: loss or gradient is not finite. Rows: {shown}", file=sys.stderr, flush=True)
-    skips = session.state.nonfinite_skips + 1
-    if train.on_nonfinite == "skip" and skips <= train.max_nonfinite_skips:
-        return
-    reason = (
-        f"{skips} steps were skipped (train.max_nonfinite_skips: {train.max_nonfinite_skips})"
-        if train.on_nonfinite == "skip"
-        else "train.on_nonfinite: stop"
-    )
-    error = DeviceError(
-        f"step {data.step}: the loss or a gradient is not finite ({reason}). Rows: {', '.join(rows[:8])}. "
-        "Lower optim.lr, set optim.max_grad_norm, look at these rows with sft preview, or set train.on_nonfinite: skip."
-    )
-    error.said = finite and not session.job.is_first
-    raise error
 
 
 def advance(state: RunState, data: StepData, result: StepResult, seconds: float) -> RunState:

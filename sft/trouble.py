@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sft.data.collate import flat, to_device
+from sft.distributed import gather
 from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -22,6 +23,7 @@ from sft.trainee import loss_sum
 from sft.types import Example
 
 if TYPE_CHECKING:
+    from sft.batches import StepData
     from sft.config import Config
     from sft.session import Session
     from sft.setup import Job
@@ -82,6 +84,34 @@ def note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
             folder.write_status("stopped", code=EXIT_STOPPED, reason=reason, step=step)
     except SftError:
         return  # the folder is another run's, or cannot be written: the exit code says it all
+
+
+def decide_on_nonfinite(session: Session, data: StepData, losses: Sequence[torch.Tensor]) -> None:
+    """No step is taken: all ranks come here together. Returns to skip the step, within `train.max_nonfinite_skips`.
+
+    `losses` are of this rank's micro-batches; the rows of those that are no numbers are named. Raises DeviceError,
+    said by rank 0.
+    """
+    train, skips = session.config.train, session.state.nonfinite_skips + 1
+    bad = [micro for micro, loss in enumerate(losses) if not bool(torch.isfinite(loss))]
+    rows = sorted({source for micro in bad for source in data.sources[micro]})
+    told = [found for found in gather({"rank": session.job.rank, "rows": rows}) if found["rows"]]
+    where = " and ".join(f"rank {found['rank']} (rows {_listed(found['rows'])})" for found in told)
+    what = f"the loss is not finite on {where}" if told else "a gradient is not finite, though every loss is"
+    if train.on_nonfinite == "skip" and skips <= train.max_nonfinite_skips:
+        session.say(f"step {data.step}: {what}; no step is taken ({skips} of {train.max_nonfinite_skips} skips)")
+        return
+    bound = f" after {skips - 1} skipped steps (train.max_nonfinite_skips)" if train.on_nonfinite == "skip" else ""
+    error = DeviceError(
+        f"step {data.step}: {what}; no step is taken and the run ends{bound}. Lower optim.lr, set optim.max_grad_norm, "
+        "look at the rows with sft preview, or set train.on_nonfinite: skip."
+    )
+    error.said = not session.job.is_first
+    raise error
+
+
+def _listed(rows: Sequence[str], most: int = 8) -> str:
+    return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 
 class LostContact(RuntimeError):

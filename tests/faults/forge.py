@@ -37,8 +37,8 @@ def strike(what: str) -> None:
         os.kill(os.getpid(), signal.Signals[what])
     elif what == "stall":
         time.sleep(600)
-    elif what == "raise":
-        raise RuntimeError("injected fault")
+    elif what.startswith("raise"):
+        raise RuntimeError(what.removeprefix("raise").strip() or "injected fault")
     elif what == "disk full":
         raise OSError(28, "No space left on device", "injected")
     elif what == "out of memory":
