@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,17 @@ def spelling(control: str) -> Conversation:
     )  # fmt: skip
 
 
+def shapes(stop: str) -> dict[str, Conversation]:
+    """All shapes, for a template whose turns end with `stop`."""
+    return {**SHAPES, "control_tokens": spelling(stop)}
+
+
+def in_parts(sample: Conversation) -> Conversation:
+    """The conversation as a template that reads content as a list of parts must be given it."""
+    parts = [replace(m, content=[{"type": "text", "text": m.content}]) for m in sample.messages]  # type: ignore[arg-type]
+    return replace(sample, messages=tuple(parts))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """accepted: the template renders the conversation at all. right: proven by the oracle. reason: why refused."""
@@ -240,7 +251,9 @@ def judge(tokenizer: Any, sample: Conversation, encoded: Any, stops: set[int], *
             stop = tokenizer.convert_ids_to_tokens(sequence[end - 1])
             rendered = ended[len(prompt) :]
             found = tokenizer.decode(sequence[start:end])
-            if not (rendered.startswith(found) or rendered.rstrip() + stop == found):
+            unclosed = found[: -len(stop)]
+            behind = rendered[len(unclosed) :] if rendered.startswith(unclosed) else None
+            if behind is None or not (behind.startswith(stop) or not behind.strip()):
                 return Verdict(accepted, False, wrong=f"turn {k}: {found!r} is not {rendered!r}")
     if served != turns:
         return Verdict(accepted, False, wrong=f"trained {served} of {turns}")

@@ -124,29 +124,36 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode_after(tokenizer: Any, text: str, split: bool = False) -> list[int]:
+def encode_after(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text that stands in the middle of another: no blank is put before it, as some tokenizers do at a start.
 
     A newline goes first and its ids are taken off again.
     """
-    arguments = {"split_special_tokens": True} if split else {}
-    newline = encode(tokenizer, "\n")
-    ids: list[int] = tokenizer("\n" + text, add_special_tokens=False, **arguments)["input_ids"]
-    if ids[: len(newline)] == newline:
-        return ids[len(newline) :]
-    ids = tokenizer(text, add_special_tokens=False, **arguments)["input_ids"]
-    return ids
+    newline, ids = encode(tokenizer, "\n"), encode(tokenizer, "\n" + text)
+    return ids[len(newline) :] if ids[: len(newline)] == newline else encode(tokenizer, text)
 
 
 def as_characters(tokenizer: Any, token: str) -> list[int]:
-    """Ids that spell a control token without being one.
-
-    `split_special_tokens` is not enough: it still emits added tokens that are not special. Cutting the token is.
-    """
-    own = tokenizer.convert_tokens_to_ids(token)
-    ids = encode_after(tokenizer, token, split=True)
-    if own in ids:
-        ids = encode_after(tokenizer, token[:1], split=True) + encode_after(tokenizer, token[1:], split=True)
-    if own in ids:
+    """Ids that spell a control token without being one. Raises DataError where the vocabulary has no other way."""
+    newline, ids = spell(tokenizer, "\n"), spell(tokenizer, "\n" + token)
+    ids = ids[len(newline) :] if ids[: len(newline)] == newline else spell(tokenizer, token)
+    if tokenizer.convert_tokens_to_ids(token) in ids:
         raise DataError(f"the text spells {token!r}, and the tokenizer can write that only as the control token")
     return ids
+
+
+def spell(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text by the tokenizer's steps without its added tokens.
+
+    `split_special_tokens` is not enough: it still emits added tokens that are not special, such as `<think>`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    pieces = [text]
+    if backend.pre_tokenizer is not None:
+        pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for piece in pieces for token in backend.model.tokenize(piece)]

@@ -18,7 +18,7 @@ from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import Encoded, EncodeSettings, TooLong, cut_note, listed, refused, spelled_note, too_long
 from sft.data.passage import passage_ids
-from sft.data.proof import AnswerCheck, Decoder, Refusal, same_text, shown
+from sft.data.proof import AnswerCheck, Decoder, Refusal, check_characters, same_text, shown
 from sft.data.render import Dicts, Renderer, Turn, message_dicts
 from sft.errors import DataError, TemplateError
 from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
@@ -64,8 +64,9 @@ class Encoder:
         self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
         chat = bundle.chat
         self.stops = frozenset(bundle.stop_ids)
-        text = chat.text + chat.with_tools
-        self.control = control_tokens(self.tokenizer, literals(chat.text), read_markup(text), bundle.stop_ids)
+        texts = dict.fromkeys((chat.text, chat.with_tools))
+        written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
+        self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
         self.renderer = Renderer(chat, self.answer_check())
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0])
@@ -76,12 +77,13 @@ class Encoder:
         chat, stops = self.bundle.chat, self.tokenizer.convert_ids_to_tokens(list(self.bundle.stop_ids))
         assert chat is not None
         with deadline(RENDER_SECONDS, "the chat template"):
-            _, followed = probe(chat)
+            alone, followed = probe(chat)
             question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
-            prompted, plain = True, ""
+            own_header = ""
             try:
-                plain = chat.render([question], generation_prompt=False)[0]
-                prompted = chat.render([question], generation_prompt=True)[0] != plain
+                plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
+                if prompt == plain and alone.startswith(plain):
+                    own_header = alone[len(plain) : alone.rindex(PROBE_ANSWER)]
             except TemplateError:
                 pass  # a template that wants a system message first; each row checks its own turns
         between = followed[followed.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].partition(PROBE_NEXT)[0]
@@ -91,7 +93,8 @@ class Encoder:
         return AnswerCheck(
             stops, self.control.everywhere, closes=self.bundle.closes, tail=self.bundle.tail,
             headers=[header] if self.control.everywhere.search(header) else [],
-            prompted=prompted, allow=self.settings.control_tokens_in_text == "allow",
+            own_header=own_header if self.control.everywhere.search(own_header) else "",
+            allow=self.settings.control_tokens_in_text == "allow",
         )  # fmt: skip
 
     def encode(self, sample: Sample) -> Encoded:
@@ -187,6 +190,7 @@ class Encoder:
             except DataError as error:
                 raise Refusal("control_tokens", str(error)) from error
         whole = self.renderer.whole(messages, tools)
+        check_characters(unmark(whole) if spelled else whole)
         return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
 
     def altered(self, work: Work) -> list[Note]:

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.control import ControlTokens, encode, encode_after, encode_marked
-from sft.data.proof import Refusal
+from sft.data.proof import Refusal, check_characters
 from sft.errors import DataError
 from sft.types import Passage
-
-NOUN = {"completion": "the completion", "text": "the text"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ def passage_ids(
         raise Refusal(
             "nothing_trained", f"a text row has nothing that data.train_on: {policy} trains. Set train_on: auto or all."
         )
+    check_characters(passage.prompt + passage.completion)
     spelled: dict[str, int] = {}
     if mode != "allow":
         for token in control.spelled([passage.prompt, passage.completion], answer=False):

@@ -75,14 +75,31 @@ def same_text(tokenizer: Any, decoded: str, expected: str) -> bool:
 
 
 def pieces_of(message: Mapping[str, Any]) -> list[str]:
-    """What a rendered turn must hold: the content, behind any reasoning that stands in it, and the tools called."""
+    """What a rendered turn must hold: the content, the tools called and the plain words they are called with."""
     content = message.get("content") or ""
     wanted = [content.strip()] if isinstance(content, str) else []
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
         wanted += [name] if isinstance(name, str) else []
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        values = arguments.values() if isinstance(arguments, Mapping) else ()
+        wanted += [value for value in values if isinstance(value, str) and value.isalnum()]  # others may be escaped
     return [piece for piece in wanted if piece]
+
+
+def check_characters(text: str) -> None:
+    """Raises Refusal for what no tokenizer can encode, and for the characters that mark control tokens here."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        detail = f"the text holds {text[error.start]!r}, half of a character, at {error.start}. Remove it."
+        raise Refusal("not_unicode", detail) from error
+    for private in "\U000f5f7c\U000f5f7d":
+        if private in text:
+            raise Refusal("control_tokens", f"the text holds {private!r}, which marks control tokens here. Remove it.")
 
 
 def missing_piece(message: Mapping[str, Any], text: str) -> str | None:
@@ -102,12 +119,12 @@ class AnswerCheck:
 
     def __init__(
         self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
-        prompted: bool, allow: bool,
+        own_header: str, allow: bool,
     ) -> None:  # fmt: skip
         self.stop = re.compile("|".join(f"(?<!\U000f5f7c){re.escape(s)}" for s in sorted(stops, key=len, reverse=True)))
         self.control = control
         self.closes, self.tail, self.headers = closes, tail, tuple(headers)
-        self.prompted = prompted
+        self.own_header = own_header
         self.allow = allow
 
     def cut(self, messages: Sequence[Mapping[str, Any]], index: int, rendered: str) -> tuple[str, bool]:
@@ -172,11 +189,11 @@ class AnswerCheck:
             content = content.rsplit("</think>", 1)[-1].strip()
             start = body.rfind(content)
         before, behind = (body[:start], body[start + len(content) :]) if start >= 0 else (body, "")
-        if not self.prompted and self.control.search(before):
+        if self.own_header:
             raise Refusal(
                 "no_generation_prompt",
-                f"the template ignores add_generation_prompt, so that {shown(before)} would be trained as if the model "
-                "had to write its own header. Add `{% if add_generation_prompt %}` to the template.",
+                f"the template ignores add_generation_prompt, so that {shown(self.own_header)} would be trained as if "
+                "the model had to write its own header. Add `{% if add_generation_prompt %}` to the template.",
             )
         if message.get("tool_calls"):
             return

@@ -1,0 +1,281 @@
+"""Built-in templates to the letter, and the tokenizer with its template, stop tokens, clock and bounds."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chatcases import bpe_tokenizer, family
+from conftest import CHATML, make_tokenizer
+
+from sft.errors import ModelError, SftError, TemplateError
+from sft.templating import ChatTemplate, TemplateTimeout, deadline, pin_clock
+from sft.tokenizer import load_tokenizer
+
+PIRATE = [
+    {"role": "system", "content": "You are a friendly chatbot who always responds in the style of a pirate"},
+    {"role": "user", "content": "How many helicopters can a human eat in one sitting?"},
+    {"role": "assistant", "content": " Oh just 6.\n"},
+    {"role": "user", "content": "Are you sure about that?"},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model's tokenizer: BOS, end of text, no template."""
+    return bpe_tokenizer(tmp_path_factory.mktemp("base"), None, "<s>", "</s>", ())
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def test_chatml_is_the_book_s(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base), template="chatml").tokenizer
+    assert render(tokenizer, PIRATE, prompt=True) == (
+        "<s><|im_start|>system\n"
+        "You are a friendly chatbot who always responds in the style of a pirate<|im_end|>\n"
+        "<|im_start|>user\nHow many helicopters can a human eat in one sitting?<|im_end|>\n"
+        "<|im_start|>assistant\nOh just 6.<|im_end|>\n"
+        "<|im_start|>user\nAre you sure about that?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_chatml_without_bos_writes_none(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder), template="chatml").tokenizer
+    assert render(tokenizer, PIRATE[1:2]) == (
+        "<|im_start|>user\nHow many helicopters can a human eat in one sitting?<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "roles",
+    ["user user", "assistant", "user system assistant", "user assistant system", "user tool", "system system",
+     "user assistant tool assistant", "system assistant", "developer user"],
+)  # fmt: skip
+def test_chatml_refuses_what_does_not_alternate(base: Path, roles: str) -> None:
+    import jinja2
+
+    tokenizer = load_tokenizer(str(base), template="chatml").tokenizer
+    with pytest.raises(jinja2.TemplateError, match=r"Conversation roles must alternate user/assistant/user/assistant"):
+        render(tokenizer, [{"role": role, "content": "x"} for role in roles.split()])
+
+
+def test_chatml_refuses_tools(base: Path) -> None:
+    import jinja2
+
+    tokenizer = load_tokenizer(str(base), template="chatml").tokenizer
+    with pytest.raises(jinja2.TemplateError, match="must alternate"):
+        tokenizer.apply_chat_template(PIRATE, tools=[{"type": "function"}], tokenize=False)
+
+
+def test_zephyr_ends_messages_with_end_of_text(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base), template="zephyr").tokenizer
+    assert render(tokenizer, PIRATE[:3]) == (
+        "<|system|>\nYou are a friendly chatbot who always responds in the style of a pirate</s>\n"
+        "<|user|>\nHow many helicopters can a human eat in one sitting?</s>\n"
+        "<|assistant|>\n Oh just 6.\n</s>\n"
+    )
+    assert render(tokenizer, PIRATE[1:2], prompt=True).endswith("sitting?</s>\n<|assistant|>\n")
+
+
+def test_tulu_ends_answers_with_end_of_text(tokenizer_folder: Path) -> None:
+    bundle = load_tokenizer(str(tokenizer_folder), template="tulu")
+    question, answer = {"role": "user", "content": "How are you doing?"}, {"role": "assistant", "content": "Fine."}
+    tokenizer = bundle.tokenizer
+    assert render(tokenizer, [question, answer]) == (
+        "<|user|>\nHow are you doing?\n<|assistant|>\nFine.<|im_end|>"  # this tokenizer's own end-of-text token
+    )
+    assert render(tokenizer, [question, answer, question], prompt=True) == (
+        "<|user|>\nHow are you doing?\n<|assistant|>\nFine.<|im_end|>\n"
+        "<|user|>\nHow are you doing?\n<|assistant|>\n"
+    )
+
+
+def test_chatml_on_a_base_model_adds_its_tokens_and_stops_at_them(base: Path) -> None:
+    before = len(load_tokenizer(str(base), template="zephyr").tokenizer)
+    bundle = load_tokenizer(str(base), template="chatml")
+    tokenizer = bundle.tokenizer
+    assert bundle.added_tokens == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.convert_tokens_to_ids(list(bundle.added_tokens)) == [before, before + 1]
+    assert tokenizer.convert_ids_to_tokens(list(bundle.stop_ids)) == ["<|im_end|>", "</s>"]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.convert_ids_to_tokens(bundle.end_of_text) == "</s>"
+    assert any("<|im_start|> <|im_end|>" in note for note in bundle.notes)
+    assert tokenizer("a<|im_end|>", add_special_tokens=False)["input_ids"][-1] == bundle.stop_ids[0]
+
+
+def test_the_template_in_use_is_saved_with_the_tokenizer(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    bundle = load_tokenizer(str(base), template="chatml")
+    bundle.tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert render(again, PIRATE) == render(bundle.tokenizer, PIRATE)
+    assert again.eos_token == "<|im_end|>"
+
+
+def test_no_template_names_the_cure(base: Path) -> None:
+    with pytest.raises(TemplateError, match=r"data\.template: chatml"):
+        load_tokenizer(str(base))
+
+
+def test_an_unknown_template_names_the_nearest(base: Path) -> None:
+    with pytest.raises(TemplateError, match="Did you mean 'chatml'"):
+        load_tokenizer(str(base), template="chatlm")
+
+
+def test_a_missing_tokenizer_is_a_user_s_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.name"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_a_template_of_the_user_s_own(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(CHATML)
+    bundle = load_tokenizer(str(base), template=str(file))
+    assert bundle.template == CHATML
+    assert bundle.added_tokens == ("<|im_start|>", "<|im_end|>")
+    file.write_text("{% for message in messages %}{{ message.content }")
+    with pytest.raises(TemplateError, match=r"not valid Jinja.*line 1"):
+        load_tokenizer(str(base), template=str(file))
+    with pytest.raises(TemplateError, match="cannot read"):
+        load_tokenizer(str(base), template=str(tmp_path / "none.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "closes"),
+    [
+        ("phi3_style", "<|end|>", True),  # not the <|endoftext|> at the very end
+        ("command_r_style", "<|END_OF_TURN_TOKEN|>", True),  # not <|END_RESPONSE|> before it
+        ("gptoss_style", "<|return|>", True),
+        ("gemma_model_role", "<end_of_turn>", True),
+        ("mistral_v1", "</s>", True),
+        ("glm_open", "<|endoftext|>", False),  # only the next role's marker closes
+        ("alpaca_style", "</s>", False),
+    ],
+)
+def test_the_stop_token_is_found_by_probing(tmp_path: Path, name: str, stop: str, closes: bool) -> None:
+    template = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, template, *family(name))))
+    assert bundle.tokenizer.convert_ids_to_tokens(bundle.stop_ids[0]) == stop
+    assert bundle.closes is closes
+    assert closes or any("generation settings" in note for note in bundle.notes)
+
+
+def test_serving_s_stops_come_after_the_template_s(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    bundle = load_tokenizer(str(folder))
+    im_end = bundle.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert bundle.stop_ids == (im_end, 5, 6)
+
+
+def test_nothing_to_stop_at_is_an_error(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path, "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TemplateError, match="nothing could be trained to stop"):
+        load_tokenizer(str(folder))
+
+
+def test_the_digest_sees_template_arguments_and_tokens(base: Path) -> None:
+    digests = {
+        load_tokenizer(str(base), template=template, template_args=arguments).digest
+        for template, arguments in (("chatml", {}), ("zephyr", {}), ("zephyr", {"date_string": "today"}))
+    }
+    assert len(digests) == 3
+    assert load_tokenizer(str(base), template="zephyr").digest in digests
+
+
+# -- the clock
+
+
+def test_a_template_that_reads_the_clock_is_pinned(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y, %A %H:%M') }}" + CHATML
+    folder = str(make_tokenizer(tmp_path, template))
+    bundle = load_tokenizer(folder, pinned_date="2024-07-05T06:07:08")
+    assert bundle.chat is not None
+    assert bundle.chat.render([PIRATE], generation_prompt=False)[0].startswith("05 Jul 2024, Friday 06:07<|im_start|>")
+    assert bundle.tokenizer.chat_template == template, "what is saved still reads the clock"
+    assert any("2024-07-05" in note for note in bundle.notes)
+    assert bundle.digest != load_tokenizer(folder, pinned_date="2024-07-06").digest
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n  {% if true %}x{% endif %}\n", "text "])
+def test_pinning_changes_nothing_but_the_clock(start: str) -> None:
+    from datetime import datetime
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    plain = start + "{{ messages[0].content }}\n{% if false %}{{ strftime_now('%Y') }}{% endif %}\n"
+    texts = [
+        render_jinja_template([PIRATE], chat_template=t)[0][0] for t in (plain, pin_clock(plain, datetime(2024, 1, 2)))
+    ]
+    assert texts[0] == texts[1]
+
+
+# -- hostile templates
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
+        "{% for i in range(10 ** 12) %}x{% endfor %}",
+        "{{ namespace.__init__.__globals__ }}",
+    ],
+)
+def test_hostile_templates_are_refused(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TemplateError):
+        load_tokenizer(str(make_tokenizer(tmp_path / "tokenizer", template + CHATML)))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_template_without_end_is_stopped() -> None:
+    chat = ChatTemplate(*["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"] * 2)
+    started = time.monotonic()
+    with pytest.raises(TemplateTimeout, match="loop without end"), deadline(0.2, "the chat template"):
+        chat.render([PIRATE], generation_prompt=False)
+    assert time.monotonic() - started < 5
+    assert issubclass(TemplateTimeout, SftError)
+
+
+def test_the_deadline_gives_somebody_else_s_timer_back() -> None:
+    import signal
+
+    def other(signum: int, frame: object) -> None:
+        raise AssertionError
+
+    before, timer = signal.signal(signal.SIGALRM, other), signal.setitimer(signal.ITIMER_REAL, 100)
+    try:
+        with deadline(1, "x"):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 1
+        assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
+        assert signal.getsignal(signal.SIGALRM) is other
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_the_deadline_is_no_hindrance_in_a_thread() -> None:
+    done: list[int] = []
+
+    def work() -> None:
+        with deadline(1, "x"):
+            done.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1]
