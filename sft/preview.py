@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROWS_TRIED = 2000  # of one source, before it counts as one without a usable row
 LONGEST_GROUP = 12  # tokens that one visible character may need
 SHOWN_STRETCH = 1600  # characters of one stretch on a terminal; the middle of longer ones is left out
+BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained where there is no colour
 
 
@@ -145,13 +146,35 @@ def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) ->
 
 def show(example: Example, data_source: str, bundle: TokenizerBundle) -> Shown:
     """Decodes an example: the whole, each contiguous trained span, and piece by piece."""
-    from sft.data.proof import Decoder
-
-    decoder = Decoder(bundle.tokenizer, bundle.stop_ids[0])
     ids = [int(token) for token in example.input_ids_T]
-    spans = trained_spans(example)
-    text, *trained = decoder([ids, *(ids[start:end] for start, end in spans)])
-    return Shown(example, data_source, text, tuple(trained), tuple(pieces(example, bundle, decoder)))
+    text, *trained = texts_of(bundle.tokenizer, ids, [(0, len(ids)), *trained_spans(example)])
+    return Shown(example, data_source, text, tuple(trained), tuple(pieces(example, bundle.tokenizer)))
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[str]:
+    """What each span [start, end) of the ids adds to the text before it.
+
+    Decoded behind its neighbour, since alone some decoders (Llama 2's, Mistral's) strip its blank. Where the neighbour
+    is a part of a character, the span is decoded alone.
+    """
+    sequences = [ids[max(0, start - 1) : end] for start, end in spans]
+    fronts = [ids[max(0, start - 1) : start] for start, _ in spans]
+    alone = [ids[start:end] for start, end in spans]
+    decoded = _decode_all(tokenizer, [*sequences, *fronts, *alone])
+    number = len(spans)
+    texts = []
+    for text, front, own in zip(decoded[:number], decoded[number : 2 * number], decoded[2 * number :], strict=True):
+        texts.append(text[len(front) :] if text.startswith(front) and BROKEN not in front else own)
+    return texts
+
+
+def _decode_all(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[str]:
+    """Nothing skipped, nothing cleaned up."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return list(backend.decode_batch([list(sequence) for sequence in sequences], skip_special_tokens=False))
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(sequence, **options) for sequence in sequences]
 
 
 def trained_spans(example: Example) -> list[tuple[int, int]]:
@@ -167,37 +190,33 @@ def trained_spans(example: Example) -> list[tuple[int, int]]:
     return spans
 
 
-def pieces(example: Example, bundle: TokenizerBundle, decoder: Any) -> Iterator[Piece]:
+def pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
     """The tokens with their texts, which join to the text of the example.
 
-    A token's text is what it adds behind its neighbour: alone, some decoders strip its blank. Tokens that only
-    together make a character (bytes of an emoji) form one piece, unless training treats them differently.
+    Tokens that only together make a character (bytes of an emoji) form one piece, unless they are weighed differently.
     """
     ids = [int(token) for token in example.input_ids_T]
     weights = [float(weight) for weight in example.weights_T]
-    special = bundle.tokenizer.added_tokens_decoder
-    alone = decoder([[token] for token in ids])
-    # the same way of decoding for a token and for the pair it begins, so that one is the start of the other
-    pairs = decoder.decode([[a, b] for a, b in pairwise(ids)])
-    before = decoder.decode([[token] for token in ids])
+    special = tokenizer.added_tokens_decoder
+    texts = texts_of(tokenizer, ids, [(i, i + 1) for i in range(len(ids))])
     start = 0
     while start < len(ids):
-        end, text = start + 1, alone[start]
-        if start and pairs[start - 1].startswith(before[start - 1]) and "�" not in before[start - 1]:
-            text = pairs[start - 1][len(before[start - 1]) :]
-        if "�" in text:
-            end, text = _whole_character(ids, weights, start, decoder) or (end, text)
+        end, text = start + 1, texts[start]
+        if BROKEN in text:
+            end, text = _whole_character(tokenizer, ids, weights, start) or (end, text)
         yield Piece(text, tuple(ids[start:end]), weights[start], ids[start] in special)
         start = end
 
 
-def _whole_character(ids: Sequence[int], weights: Sequence[float], start: int, decoder: Any) -> tuple[int, str] | None:
+def _whole_character(
+    tokenizer: Any, ids: Sequence[int], weights: Sequence[float], start: int
+) -> tuple[int, str] | None:
     """(end, text) of the shortest group from `start` that decodes to whole characters and is weighed alike."""
     for end in range(start + 2, min(start + LONGEST_GROUP, len(ids)) + 1):
         if weights[end - 1] != weights[start]:
             return None
-        text = decoder([ids[start:end]])[0]
-        if "�" not in text:
+        text = texts_of(tokenizer, ids, [(start, end)])[0]
+        if BROKEN not in text:
             return end, text
     return None
 

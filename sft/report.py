@@ -18,7 +18,7 @@ from typing import Any
 
 from sft.durable import read_json, write_text
 from sft.errors import ConfigError
-from sft.pages import render_page
+from sft.pages import count, render_page
 from sft.runfolder import RunFolder, read_events
 from sft.secrets import mask_secrets
 
@@ -61,6 +61,7 @@ def run_page(folder: Path) -> str:
     events = list(read_events(run.metrics))
     config = read_config_lines(run.config)
     data = _read_or_none(run.data)
+    environment = _read_or_none(run.environment) or {}
     values = {line.key: line.resolved or line.value for line in config}
     return render_page(
         "report.html",
@@ -68,14 +69,14 @@ def run_page(folder: Path) -> str:
         status=run.read_status(),
         serving=_read_or_none(folder / "serving.json") or {},
         title=mask_secrets(values.get("model.name", "").strip("'\"")),
-        subtitle=subtitle(values),
+        subtitle=subtitle(values, environment.get("resolved", {}).get("trained_parameters")),
         summary=summarize(events),
         samples=samples_by_prompt(events),
         report=data,
         notes=list(islice(_json_lines(run.data_report), MOST_NOTES + 1)),
         most_notes=MOST_NOTES,
         config=by_section(config),
-        environment=list(flatten(_read_or_none(run.environment) or {})),
+        environment=list(flatten(environment)),
         data={"curves": curves(events), "histogram": (data or {}).get("length_histogram", [])},
     )
 
@@ -177,12 +178,14 @@ def summarize(events: Sequence[Event]) -> Summary:
     )
 
 
-def subtitle(values: Mapping[str, str]) -> str:
-    """`LoRA, rank 16 · 32 conversations a step · adamw at 2e-4, cosine` from the flat config."""
+def subtitle(values: Mapping[str, str], trained_parameters: int | None = None) -> str:
+    """`LoRA, rank 16 · 4 884 480 trained parameters · 32 conversations a step · adamw at 2e-4, cosine`."""
     tuning = {"full": "full finetune", "lora": "LoRA", "qlora": "QLoRA"}.get(values.get("model.tuning", ""), "")
     parts = [tuning]
     if tuning.endswith("LoRA") and "model.lora.rank" in values:
         parts[0] += f", rank {values['model.lora.rank']}"
+    if trained_parameters is not None:
+        parts.append(f"{count(trained_parameters)} trained parameters")
     if "batch.examples" in values:
         parts.append(f"{values['batch.examples']} conversations a step")
     if "optim.lr" in values:

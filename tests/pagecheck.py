@@ -72,10 +72,18 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def rendered(path: Path) -> str:
-    """The document after its scripts ran in headless Chromium; fails when a script raised an error."""
+def rendered(path: Path, then: str = "") -> str:
+    """The document after its scripts ran in headless Chromium, and after the script `then`, which plays the user.
+
+    Fails when a script raised an error or wrote to the console.
+    """
     program = chromium()
     assert program is not None
+    if then:
+        played = path.with_name(f"played-{path.name}")
+        script = f"<script>setTimeout(() => {{ {then} }}, 500)</script></body>"
+        played.write_text(path.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+        path = played
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [

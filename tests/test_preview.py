@@ -274,3 +274,24 @@ def test_a_browser_draws_the_tokens(tmp_path: Path, tokenizer_folder: Path) -> N
     assert "<title>my.yaml · preview</title>" in dom
     assert dom.count("<article") == 2
     assert '<span class="t on s">&lt;|im_end|&gt;</span>' in dom
+
+
+@pytest.mark.slow
+def test_search_filter_and_hover_in_a_browser(tmp_path: Path, tokenizer_folder: Path) -> None:
+    if chromium() is None:
+        pytest.skip("Chromium is not installed")
+    page_file = hostile_page(tmp_path, tokenizer_folder)
+    hover = "document.querySelector('.t.hit').dispatchEvent(new PointerEvent('pointermove', {bubbles: true}));"
+    search = "const q = document.getElementById('query'); q.value = '{}'; q.dispatchEvent(new Event('input'));"
+    dom = rendered(page_file, search.format("OWNED") + hover)
+    assert dom.count("<article") == 1
+    assert ">1 of 2 examples</span>" in dom
+    assert dom.count('class="t on hit"') == len("owned")
+    assert "<div><span>position</span><b>" in dom
+    dom = rendered(page_file, search.format("256") + hover)  # an id
+    assert '<span class="t on s hit">&lt;|im_end|&gt;</span>' in dom
+    assert "<div><span>id</span><b>256</b></div>" in dom
+    chosen = "const s = document.getElementById('source'); s.value = 'b'; s.dispatchEvent(new Event('change'));"
+    dom = rendered(page_file, chosen)
+    assert dom.count("<article") == 1
+    assert "4 tokens" in dom

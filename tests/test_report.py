@@ -81,7 +81,11 @@ def write_run(folder: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
     (folder / "status.json").write_text(json.dumps({"state": "done", "code": 0, "reason": "", "step": 20}))
     (folder / "config.yaml").write_text(CONFIG)
-    (folder / "environment.json").write_text(json.dumps({"torch": "2.13", "devices": ["cpu"], "git": {"commit": None}}))
+    (folder / "environment.json").write_text(
+        json.dumps(
+            {"torch": "2.13", "devices": ["cpu"], "git": {"commit": None}, "resolved": {"trained_parameters": 1234}}
+        )
+    )
     source = {
         "path": f"a{HOSTILE}.jsonl", "format": "messages", "rows": 12, "kept": 9, "held_out": 2,
         "dropped": {"over_long": 1}, "cut": 1, "examples": 9, "tokens": 900, "trained_tokens": 300,
@@ -90,7 +94,8 @@ def write_run(folder: Path) -> Path:
         json.dumps(
             {
                 **{key: value for key, value in source.items() if key not in ("path", "format")},
-                "by_source": [source], "length_histogram": [{"label": "0", "title": "0 to 63 tokens", "value": 9, "from": 0, "to": 64}],
+                "by_source": [source],
+                "length_histogram": [{"label": "0", "title": "0 to 63 tokens", "value": 9, "from": 0, "to": 64}],
                 "stop_tokens": ["<|im_end|>"], "template": "model",
             }
         )
@@ -108,8 +113,9 @@ def test_a_report_is_whole_self_contained_and_safe_with_any_text(tmp_path: Path)
     assert len(page.data["curves"]["loss"]) == 20
     assert [bar["value"] for bar in page.data["histogram"]] == [9]
     shown = (
-        "tiny", "LoRA, rank 8 · 4 conversations a step · adamw at 0.0002, cosine", "best 1.5 at step 10", "my.yaml:4",
-        "command line", "1 over long", "Before training", "Step 20", "<|im_end|>", HOSTILE,
+        "tiny", "LoRA, rank 8 · 1\u202f234 trained parameters · 4 conversations a step · adamw at 0.0002, cosine",
+        "best 1.5 at step 10", "my.yaml:4", "command line", "1 over long", "Before training", "Step 20", "<|im_end|>",
+        HOSTILE,
     )  # fmt: skip
     for text in shown:
         assert text in page.text, text
@@ -250,3 +256,18 @@ def test_a_browser_draws_the_report(tmp_path: Path) -> None:
     dom = rendered(write_report(write_run(tmp_path / "tiny")))
     assert dom.count("<svg") == 6
     assert "<title>tiny · sft</title>" in dom
+
+
+@pytest.mark.slow
+def test_hover_and_switches_in_a_browser(tmp_path: Path) -> None:
+    if chromium() is None:
+        pytest.skip("Chromium is not installed")
+    play = (
+        "const s = document.querySelector('#chart-loss svg'), r = s.getBoundingClientRect();"
+        "s.dispatchEvent(new PointerEvent('pointermove', {clientX: r.right - 8, clientY: r.top + 50}));"
+        "document.getElementById('defaults').click();"
+    )
+    dom = rendered(write_report(write_run(tmp_path / "tiny")), play)
+    assert "<b>step 20</b>" in dom
+    assert '<span style="color: var(--c2);">held out</span><b>2</b>' in dom
+    assert '<section id="config" class="">' in dom
