@@ -103,6 +103,30 @@ def bpe_tokenizer(folder: Path, template: str | None, bos: str | None, eos: str,
     return folder
 
 
+def metaspace_tokenizer(folder: Path, kind: str, template: str, bos: str | None, eos: str) -> Path:
+    """A tokenizer in the style of SentencePiece. kind: legacy (a blank before each piece), first, always, never."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False, max_token_length=12)
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    found = dict.fromkeys([*([bos] if bos else []), eos, *TOKEN.findall(template)])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in found])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token="<unk>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
+
+
 def system(text: str) -> Message:
     return Message("system", text)
 
@@ -204,8 +228,20 @@ def trained_runs(labels: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def judge(tokenizer: Any, sample: Conversation, encoded: Any, stops: set[int], **arguments: Any) -> Verdict:
-    """Hold examples against the served prompt and the rendered answer of each assistant turn."""
+def decoded(tokenizer: Any, stop: int, ids: list[int]) -> str:
+    """The text of a span: decoded behind a stop token, since some decoders drop a blank at the start."""
+    front: str = tokenizer.decode([stop])
+    text: str = tokenizer.decode([stop, *ids])
+    return text.removeprefix(front)
+
+
+def judge(
+    tokenizer: Any, sample: Conversation, encoded: Any, stops: set[int], *, blanks: bool = True, **arguments: Any
+) -> Verdict:
+    """Hold examples against the served prompt and the rendered answer of each assistant turn.
+
+    `blanks`: whether blanks count, which tokenizers in the style of Llama 2 add behind control tokens.
+    """
     messages, tools = dicts(sample), list(sample.tools) or None
 
     def ids(part: list[dict[str, Any]]) -> list[int]:
@@ -250,7 +286,9 @@ def judge(tokenizer: Any, sample: Conversation, encoded: Any, stops: set[int], *
                 return Verdict(accepted, False, wrong=f"turn {k}: rendered elsewhere")
             stop = tokenizer.convert_ids_to_tokens(sequence[end - 1])
             rendered = ended[len(prompt) :]
-            found = tokenizer.decode(sequence[start:end])
+            found = decoded(tokenizer, sequence[end - 1], sequence[start:end])
+            if not blanks:
+                rendered, found = rendered.replace(" ", ""), found.replace(" ", "")
             unclosed = found[: -len(stop)]
             behind = rendered[len(unclosed) :] if rendered.startswith(unclosed) else None
             if behind is None or not (behind.startswith(stop) or not behind.strip()):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatcases import SHAPES, Verdict, bpe_tokenizer, family, in_parts, judge, shapes, trained_runs
+from chatcases import SHAPES, Verdict, bpe_tokenizer, family, in_parts, judge, metaspace_tokenizer, shapes, trained_runs
 from conftest import CHATML
 
 from sft.data.encode import Encoder, EncodeSettings
@@ -122,6 +122,21 @@ def test_generation_markers_agree(bundles: Any, file: Path) -> None:
         (example,) = Encoder(bundle, EncodeSettings()).encode(sample).examples
         assert example.input_ids_T.tolist() == theirs["input_ids"]
         assert (example.weights_T > 0).astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "always", "never"])
+@pytest.mark.parametrize(
+    "name", ["chatml_plain", "mistral_v1", "mistral_merged_system", "granite_style", "vicuna_style"]
+)
+def test_tokenizers_in_the_style_of_sentencepiece(tmp_path: Path, name: str, kind: str) -> None:
+    template = next(file for file in OWN if file.stem == name).read_text()
+    bos, eos, _ = family(name)
+    bundle = load_tokenizer(str(metaspace_tokenizer(tmp_path, kind, template, bos, eos)))
+    encoder = Encoder(bundle, EncodeSettings())
+    for shape, sample in SHAPES.items():
+        verdict = judge(bundle.tokenizer, sample, encoder.encode(sample), set(bundle.stop_ids), blanks=False)
+        assert not verdict.wrong, (shape, verdict)
+        assert verdict.right or not verdict.accepted or shape == "tools", (shape, verdict)
 
 
 # -- templates that write one message after another

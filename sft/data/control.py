@@ -8,7 +8,7 @@ encoded as ordinary characters afterwards (`encode_marked`). The pieces around i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +124,20 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode_after(tokenizer: Any, text: str) -> list[int]:
+def encode_after(tokenizer: Any, text: str, fits: Callable[[list[int]], bool] | None = None) -> list[int]:
     """Ids of a text that stands in the middle of another: no blank is put before it, as some tokenizers do at a start.
 
-    A newline goes first and its ids are taken off again.
+    A newline goes first and its ids are taken off again; where it merges with the text, or what remains does not
+    decode back (`fits`), other characters and an added token are tried.
     """
-    newline, ids = encode(tokenizer, "\n"), encode(tokenizer, "\n" + text)
-    return ids[len(newline) :] if ids[: len(newline)] == newline else encode(tokenizer, text)
+    fronts = ["\n"]
+    if fits is not None:
+        fronts += ["\t", ".", "a", *[t.content for t in tokenizer.added_tokens_decoder.values() if t.special][:1]]
+    for front in fronts:
+        before, ids = encode(tokenizer, front), encode(tokenizer, front + text)
+        if ids[: len(before)] == before and (fits is None or fits(ids[len(before) :])):
+            return ids[len(before) :]
+    return encode(tokenizer, text)
 
 
 def as_characters(tokenizer: Any, token: str) -> list[int]:

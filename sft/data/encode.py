@@ -16,9 +16,19 @@ import numpy as np
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
 from sft.data.masking import message_weights, token_weights, trained_turns
-from sft.data.outcome import Encoded, EncodeSettings, TooLong, cut_note, listed, refused, spelled_note, too_long
+from sft.data.outcome import (
+    Encoded,
+    EncodeSettings,
+    TooLong,
+    cut_note,
+    listed,
+    reasoning_note,
+    refused,
+    spelled_note,
+    too_long,
+)
 from sft.data.passage import passage_ids
-from sft.data.proof import AnswerCheck, Decoder, Refusal, check_characters, same_text, shown
+from sft.data.proof import AnswerCheck, Decoder, Refusal, check_characters, left_out, shown
 from sft.data.render import Dicts, Renderer, Turn, message_dicts
 from sft.errors import DataError, TemplateError
 from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
@@ -69,7 +79,7 @@ class Encoder:
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
         self.renderer = Renderer(chat, self.answer_check())
         self.aligner = Aligner(self.tokenizer)
-        self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0])
+        self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS
 
     def answer_check(self) -> AnswerCheck:
@@ -150,7 +160,7 @@ class Encoder:
         found = passage_ids(sample, self.tokenizer, self.control, mode=settings.control_tokens_in_text,
                             policy=settings.train_on, end_of_text=end)  # fmt: skip
         decoded = self.decoder([found.ids[found.start :]])[0]
-        if not same_text(self.tokenizer, decoded, found.text):
+        if not self.decoder.same(decoded, found.text):
             raise Refusal("unprovable", f"expected the trained tokens to decode to {shown(found.text)}, found "
                                         f"{shown(decoded)}. The tokenizer does not give this text back.")  # fmt: skip
         notes = [spelled_note(sample.source, found.spelled)] if found.spelled else []
@@ -235,6 +245,8 @@ class Encoder:
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
         for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.whole):
             turns.append(turn)
+            if not notes and left_out(work.messages[turn.message], turn.answer):
+                notes.append(reasoning_note(work.sample.source, turn.message))
             span = self.span(work, turn, cuts) if together else None
             if span is None:
                 together = False
@@ -294,8 +306,7 @@ class Encoder:
         text = turn.answer
         if OPEN in text:
             return self.marked_ids(text, behind=True)
-        behind = encode_after(self.tokenizer, text)
-        return behind if self.decoder([behind])[0] == text else encode(self.tokenizer, text)
+        return encode_after(self.tokenizer, text, lambda ids: self.decoder([ids])[0] == text)
 
     def whole_piece(self, work: Work) -> list[Piece]:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
@@ -337,7 +348,7 @@ class Encoder:
                 f"message {span.message}: expected the trained span to end with a stop token, found {last!r}. "
                 "Check that the template's end of turn is one token of the tokenizer.",
             )
-        if found == expected or same_text(self.tokenizer, found, expected):
+        if self.decoder.same(found, expected):
             return None
         return Refusal(
             "unprovable",

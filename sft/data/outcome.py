@@ -58,6 +58,11 @@ def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
     return Note(source, "altered", "control_tokens", f"encoded as ordinary characters: {listed(spelled)}")
 
 
+def reasoning_note(source: str, message: int) -> Note:
+    what = f"message {message} has reasoning that the template leaves out; its content alone is trained"
+    return Note(source, "altered", "reasoning_left_out", what)
+
+
 def cut_note(source: str, tokens: int, limit: int) -> Note:
     what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
     return Note(source, "cut", "over_long", what)
