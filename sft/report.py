@@ -92,28 +92,35 @@ def curves(events: Sequence[Event]) -> dict[str, list[Point]]:
         key: thin([(event["step"], event.get(key)) for event in train])
         for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second")
     }
-    drawn["smooth"] = thin(smooth([(event["step"], event.get("loss")) for event in train]))
+    for key in ("loss", "grad_norm", "tokens_per_second"):
+        drawn[f"{key}_smooth"] = thin(smooth([(event["step"], event.get(key)) for event in train]))
     for key in ("loss", "token_accuracy", "stop_probability"):
         drawn[f"eval_{key}"] = [(event["step"], event.get(key)) for event in evals]
     drawn["resumes"] = [(event["step"], event.get("seconds")) for event in events if event.get("event") == "resume"]
     return drawn
 
 
-def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:
-    """A centred moving mean over `share` of the points; gaps stay gaps. Nothing for fewer than 12 points."""
+def smooth(points: Sequence[Point], share: float = 0.06) -> list[Point]:
+    """A line fitted to the nearest `share` of the points around each point, read off at that point.
+
+    A moving mean would lag where the curve falls, and at its ends. Nothing for fewer than 12 points; where less than
+    two values are known around a point, a gap.
+    """
     half = round(len(points) * share / 2)
     if len(points) < 12 or half < 1:
         return []
-    sums, counts = [0.0], [0]
-    for _, value in points:
-        sums.append(sums[-1] + (value or 0.0))
-        counts.append(counts[-1] + (value is not None))
+    # running: count, x, y, x², xy; those of x are whole numbers, exact however long the run
+    sums: list[tuple[float, float, float, float, float]] = [(0, 0, 0.0, 0, 0.0)]
+    for x, (_, value) in enumerate(points):
+        n, sx, sy, sxx, sxy = sums[-1]
+        sums.append(sums[-1] if value is None else (n + 1, sx + x, sy + value, sxx + x * x, sxy + x * value))
     result: list[Point] = []
-    for index, (step, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)  # symmetric, so that the ends do not lag behind
-        low, high = index - reach, index + reach + 1
-        number = counts[high] - counts[low]
-        result.append((step, (sums[high] - sums[low]) / number if number else None))
+    for x, (step, _) in enumerate(points):
+        low, high = max(0, x - half), min(len(points), x + half + 1)
+        n, sx, sy, sxx, sxy = (b - a for a, b in zip(sums[low], sums[high], strict=True))
+        spread = n * sxx - sx * sx
+        slope = (n * sxy - sx * sy) / spread if spread > 0 else 0.0
+        result.append((step, sy / n + slope * (x - sx / n) if n > 1 else None))
     return result
 
 

@@ -189,10 +189,14 @@ def test_subtitle_of_a_full_finetune_has_no_rank() -> None:
     )
 
 
-def test_a_moving_mean_is_centred_and_keeps_a_straight_line() -> None:
+def test_smoothing_keeps_a_straight_line_to_its_ends() -> None:
     line = [(step, 2.0 * step) for step in range(100)]
     assert [value for _, value in smooth(line)] == pytest.approx([value for _, value in line])
     assert smooth(line[:5]) == []
+    noisy = [(step, 5.0 + (-1) ** step) for step in range(100)]
+    assert all(abs(value - 5) < 0.6 for _, value in smooth(noisy) if value is not None)
+    gap = [*line[:40], *((step, None) for step in range(40, 60)), *line[60:]]
+    assert [value is None for _, value in smooth(gap)][38:62] == [False] * 4 + [True] * 16 + [False] * 4
     assert smooth([(step, None) for step in range(100)])[50] == (50, None)
 
 
