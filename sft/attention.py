@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,13 +85,12 @@ def flat_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # split, not slices: the gradient of a slice is a whole row of zeros for every segment
+    lengths = cu_seq_lens_q.diff().tolist()
     outs = [
-        attend(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
-        )
-        for start, end in pairwise(cu_seq_lens_q.tolist())
-    ]  # fmt: skip
+        attend(q, k, v, scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 
 
