@@ -81,7 +81,7 @@ def rendered(path: Path, then: str = "") -> str:
     assert program is not None
     if then:
         played = path.with_name(f"played-{path.name}")
-        script = f"<script>setTimeout(() => {{ {then} }}, 500)</script></body>"
+        script = f"<script>addEventListener('load', () => {{ {then} }})</script></body>"
         played.write_text(path.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
         path = played
     with tempfile.TemporaryDirectory() as profile:
@@ -89,7 +89,7 @@ def rendered(path: Path, then: str = "") -> str:
             [
                 program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                f"--user-data-dir={profile}", "--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=3000",
+                f"--user-data-dir={profile}", "--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=5000",
                 "--window-size=1280,1600", "--dump-dom", path.resolve().as_uri(),
             ],
             capture_output=True, text=True, timeout=120, check=True,

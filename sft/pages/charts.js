@@ -65,8 +65,12 @@ const sft = (() => {
     return v => out[0] + (f(v) - a) / (b - a) * (out[1] - out[0]);
   };
   const redraw = (box, draw) => {
-    let width = 0;
-    new ResizeObserver(() => { const now = box.clientWidth; if (now && now !== width) { width = now; requestAnimationFrame(() => draw(now)); } }).observe(box);
+    let width = box.clientWidth;
+    if (width) draw(width);
+    new ResizeObserver(() => {
+      const now = box.clientWidth;
+      if (now && now !== width) { width = now; requestAnimationFrame(() => draw(now)); }
+    }).observe(box);
   };
 
   // figure(parent, title, legend?) -> the box a chart is drawn in
