@@ -246,9 +246,9 @@ def print_examples(shown: Sequence[Shown], bundle: TokenizerBundle, stream: Text
         console = Console(file=stream, highlight=False, soft_wrap=True)
         for example in shown:
             console.rule(headline(example), align="left", style="dim")
-            text = coloured(example)
-            text.rstrip()
-            console.print(text)
+            tokens = coloured(example)
+            tokens.rstrip()
+            console.print(tokens)
             console.print()
         console.print(_coloured_legend(bundle))
         return
