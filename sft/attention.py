@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 FLAT = "sft_flat"
+SHORT_TOKENS = 512
 
 Tensor = torch.Tensor
 
@@ -98,9 +99,23 @@ def _attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float, window: int | None, **_: Any
 ) -> Tensor:
     mask = _window_mask(query.shape[2], window, query.device)
+    short = query.shape[2] <= SHORT_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if short and dropout == 0.0:
+        return _attend_short(query, key, value, mask, scale=scale)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=mask is None
     )
+
+
+def _attend_short(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scale: float) -> Tensor:
+    """Three plain products. On CPUs bfloat16 matrix kernels run them in less than half the time that the fused kernel
+    takes; the T * T shares that are kept for the backward pass are small for short segments."""
+    (heads, length, _), dtype = query.shape[1:], query.dtype
+    if visible is None:
+        visible = torch.ones(length, length, dtype=torch.bool).tril()
+    bias = torch.zeros(length, length, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    scores_HTT = torch.baddbmm(bias.expand(heads, -1, -1), query[0], key[0].transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores_HTT, dim=-1), value[0])[None]
 
 
 def _attend_plain(

@@ -149,6 +149,21 @@ def test_control_a_head_that_scales_in_secret_is_caught() -> None:
     assert not head_is_exact(model, CPU)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_short_segments_in_half_precision_equal_the_fused_kernel(window: int | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 33, 8, requires_grad=True) for _ in range(3))
+    visible = attention._window_mask(33, window, CPU)
+    short = attention._attend_short(query, key, value, visible, scale=0.3)
+    fused = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, is_causal=visible is None, scale=0.3
+    )
+    torch.testing.assert_close(short, fused, rtol=1e-5, atol=1e-6)
+    grads = torch.autograd.grad(short.sin().sum(), (query, key, value))
+    for ours, theirs in zip(grads, torch.autograd.grad(fused.sin().sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_the_comparison_leaves_no_trace() -> None:
     model = trainee("mistral", sliding_window=7, attention_dropout=0.1)
     before = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
