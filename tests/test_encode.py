@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -379,15 +380,33 @@ def test_a_shifted_span_is_disproved(words: TokenizerBundle) -> None:
 
 
 def test_an_aligner_that_lies_is_found_out(merging: TokenizerBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The span decodes to something else than the answer, or the first rows' own prompts say otherwise."""
-    encoder = Encoder(merging, EncodeSettings())
+    """The span does not decode to the answer, and is made anew; the first rows' own prompts say otherwise, too."""
+    encoder, sample = Encoder(merging, EncodeSettings()), conversation(U("Hello"), A("there"))
     encoder.unverified = 0
     right = encoder.aligner.prefix_length
     monkeypatch.setattr(encoder.aligner, "prefix_length", lambda *a: (right(*a) or 0) - 1)
-    assert only(encoder.encode(conversation(U("Hello"), A("there")))) == ("refused", "unprovable")
+    assert judge(merging.tokenizer, sample, encoder.encode(sample), set(merging.stop_ids)).right
+    assert encoder.aligner.trusted
     encoder.unverified = 1
-    encoder.encode(conversation(U("Hello"), A("there")))
+    assert judge(merging.tokenizer, sample, encoder.encode(sample), set(merging.stop_ids)).right
     assert not encoder.aligner.trusted
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_added_tokens_that_swallow_blanks(tmp_path: Path, side: str) -> None:
+    """As Phi-3's do. What they swallow of an answer is tokenised apart, or the row is refused."""
+    folder = bpe_tokenizer(tmp_path, CHATML, None, "<|im_end|>", ())
+    file = folder / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    for token in parts["added_tokens"]:
+        token[side] = True
+    file.write_text(json.dumps(parts))
+    bundle = load_tokenizer(str(folder))
+    for text in ("Hi", "\nHi\n", " Hi ", "\n\n"):
+        sample = conversation(U("Hello"), A(text), U("Hello"), A("yes"))
+        verdict = judge(bundle.tokenizer, sample, encode(bundle, *sample.messages), set(bundle.stop_ids))
+        assert not verdict.wrong, (text, verdict)
+        assert verdict.right or text != "Hi"
 
 
 def test_a_tokenizer_that_does_not_give_text_back_is_refused(tmp_path: Path) -> None:

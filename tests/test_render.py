@@ -273,6 +273,32 @@ def test_a_broken_template_is_refused(tmp_path: Path, broken: str, reason: str) 
 # -- the templates that trl carries
 
 
+def compare_with_markers(bundle: TokenizerBundle) -> None:
+    """What `{% generation %}` marks, and all of it that we train.
+
+    Markers may hold more: what serving supplies itself (`<think>` of a generation prompt) right before a span, or the
+    newline after the stop token. So each marked stretch holds one of our spans whole, and nothing of ours lies outside.
+    Tool calls are left out: Gemma 4 stops at the token that begins a tool result, which its markers do not hold.
+    """
+    if not has_generation_markers(bundle.chat.text if bundle.chat else ""):
+        return
+    for name, sample in SHAPES.items():
+        encoded = Encoder(bundle, EncodeSettings()).encode(sample)
+        if len(encoded.examples) != 1 or name == "tools":
+            continue
+        given = message_dicts((in_parts(sample) if bundle.chat and bundle.chat.parts else sample).messages)
+        theirs = bundle.tokenizer.apply_chat_template(
+            given, tools=list(sample.tools) or None, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, labels = encoded.examples[0].input_ids_T.tolist(), encoded.examples[0].labels_T.tolist()
+        if theirs["input_ids"] != ids:
+            continue  # the one turn is an example of its own, without what follows the stop token
+        marked = trained_runs([0 if mark else -100 for mark in theirs["assistant_masks"]])
+        ours = trained_runs(labels)
+        assert all(any(a <= start and end <= b for a, b in marked) for start, end in ours), (bundle.template_name, name)
+        assert len(marked) == len(ours), name
+
+
 @pytest.mark.slow
 def test_the_templates_of_trl(bundles: Any, tmp_path: Path, record_property: Any) -> None:
     """Needs the package index. 72 templates of current model families × 13 shapes."""
@@ -291,6 +317,7 @@ def test_the_templates_of_trl(bundles: Any, tmp_path: Path, record_property: Any
     record_property("refused", dict(Counter(v.reason for v in accepted if not v.right)))
     assert sum(v.right for v in accepted) >= 0.8 * len(accepted)
     for file in files:
+        compare_with_markers(bundles(file))
         renderer = Encoder(bundles(file), EncodeSettings()).renderer
         for shape, sample in SHAPES.items():
             both = turns_both_ways(renderer, sample)

@@ -19,6 +19,7 @@ from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
     Encoded,
     EncodeSettings,
+    Piece,
     TooLong,
     cut_note,
     listed,
@@ -42,14 +43,6 @@ VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the 
 LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One sequence before the length rule, with the text that each of its spans must decode to."""
-
-    rendered: Rendered
-    texts: tuple[str, ...]
-
-
 @dataclass
 class Work:
     """A conversation on its way."""
@@ -63,6 +56,8 @@ class Work:
     marked: bool
     spelled: dict[str, int]
     ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    """Set where one sequence holds them all."""
 
 
 class Encoder:
@@ -146,12 +141,19 @@ class Encoder:
                 results[i] = refused(work.sample.source, refusal, self.settings)
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
-            fault = next((fault for piece in row if (fault := faults.get(id(piece)))), None)
-            work = works[i]
-            results[i] = (
-                refused(work.sample.source, fault, self.settings) if fault else self.close(work, row, notes[i])
-            )
+            results[i] = self.judged(works[i], row, faults, notes[i])
         return [result for result in results if result is not None]
+
+    def judged(self, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]) -> Encoded:
+        """The row's examples if its spans are proven. Turns that are not so in one sequence may be one by one."""
+        fault = next((faults[id(piece)] for piece in row if id(piece) in faults), None)
+        try:
+            if fault is not None and work.turns:
+                row = [self.apart(work, turn) for turn in work.turns]
+                fault = next(iter(self.disproved(row).values()), None)
+        except Refusal as refusal:
+            fault = refusal
+        return refused(work.sample.source, fault, self.settings) if fault else self.close(work, row, notes)
 
     def encode_passage(self, sample: Passage) -> Encoded:
         """A row without a template. Raises Refusal."""
@@ -255,6 +257,7 @@ class Encoder:
             if settings.over_long == "truncate" and self.prompt_length(turn, span) >= limit:
                 break  # later prompts hold more messages still
         if together:
+            work.turns = turns
             return [Piece(Rendered(tuple(work.ids), tuple(spans)), tuple(unmark(turn.answer) for turn in turns))]
         return [self.apart(work, turn) for turn in turns]
 

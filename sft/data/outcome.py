@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
-from sft.types import Example, Note
+from sft.types import Example, Note, Rendered
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Encoded:
 
     examples: tuple[Example, ...]
     notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sequence before the length rule, with the text that each of its spans must decode to."""
+
+    rendered: Rendered
+    texts: tuple[str, ...]
 
 
 class TooLong(Refusal):

@@ -15,7 +15,7 @@ from typing import Any
 from sft.errors import SftError
 
 SHOWN = 80
-TELLING = 8  # characters from which a message found in another's turn is no coincidence
+TELLING = 12  # characters from which a message found in another's turn is no coincidence
 
 
 class Refusal(SftError):
@@ -135,6 +135,11 @@ def left_out(message: Mapping[str, Any], answer: str) -> bool:
     return isinstance(reasoning, str) and reasoning.strip() not in answer
 
 
+def unmarked(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches what the template wrote of these, not what a message spells."""
+    return re.compile("|".join(f"(?<!\U000f5f7c){re.escape(t)}" for t in sorted(tokens, key=len, reverse=True)))
+
+
 class AnswerCheck:
     """Cuts a rendered turn at its stop token and checks that it is the message."""
 
@@ -142,9 +147,10 @@ class AnswerCheck:
         self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
         own_header: str, allow: bool,
     ) -> None:  # fmt: skip
-        self.stop = re.compile("|".join(f"(?<!\U000f5f7c){re.escape(s)}" for s in sorted(stops, key=len, reverse=True)))
+        self.stop = unmarked(stops)
         self.control = control
-        self.closes, self.tail, self.headers = closes, tail, tuple(headers)
+        self.closes, self.tail = closes, tail
+        self.headers = unmarked(headers) if headers and not allow else None
         self.own_header = own_header
         self.allow = allow
 
@@ -198,17 +204,22 @@ class AnswerCheck:
         end = rendered.rfind(content) + len(content)
         return rendered.rstrip() if not content or end < len(content) or rendered[end:].strip() else rendered[:end]
 
+    def last_place(self, content: str, body: str) -> int:
+        """Where the content stands in a turn: at its end but for the template's tail, or where it is found last."""
+        end = body.removesuffix(self.tail).rstrip()
+        return len(end) - len(content) if end.endswith(content) else body.rfind(content)
+
     def check_own_words(self, messages: Sequence[Mapping[str, Any]], index: int, body: str) -> None:
         """No header, no other message's words before or behind the content."""
         message = messages[index]
-        for header in self.headers:
-            if header in body:
-                raise Refusal("header_trained", f"the turn holds another role's header {shown(header)}: {shown(body)}")
+        if self.headers is not None and (header := self.headers.search(body)):
+            detail = f"the turn holds another role's header {shown(header.group())}: {shown(body)}"
+            raise Refusal("header_trained", detail)
         content = (message.get("content") or "").strip()
-        start = body.rfind(content) if content else -1
+        start = self.last_place(content, body) if content else -1
         if start < 0 and "</think>" in content:
             content = content.rsplit("</think>", 1)[-1].strip()
-            start = body.rfind(content)
+            start = self.last_place(content, body)
         before, behind = (body[:start], body[start + len(content) :]) if start >= 0 else (body, "")
         if self.own_header:
             raise Refusal(
