@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -111,11 +111,19 @@ def _attend_short(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | N
     """Three plain products. On CPUs bfloat16 matrix kernels run them in less than half the time that the fused kernel
     takes; the T * T shares that are kept for the backward pass are small for short segments."""
     (heads, length, _), dtype = query.shape[1:], query.dtype
-    if visible is None:
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-    bias = torch.zeros(length, length, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    bias = _causal_bias(length, dtype) if visible is None else _bias(visible, dtype)
     scores_HTT = torch.baddbmm(bias.expand(heads, -1, -1), query[0], key[0].transpose(1, 2), alpha=scale)
     return torch.bmm(torch.softmax(scores_HTT, dim=-1), value[0])[None]
+
+
+@lru_cache(maxsize=64)
+def _causal_bias(length: int, dtype: torch.dtype) -> Tensor:
+    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, T): 0 where visible, minus infinity elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
 def _attend_plain(

@@ -169,7 +169,7 @@ def build_trainee(
             adapter=str(checkpoint / "model") if checkpoint else config.model.adapter,
             trained_dtype=kinds.trained,
         )
-        _follow_inputs(model)
+        follow_inputs(model)
     trainee = Trainee(
         model,
         compute_dtype=kinds.compute,
@@ -190,7 +190,7 @@ def _prepare_quantized(model: Any) -> None:
         parameter.requires_grad_(False)
 
 
-def _follow_inputs(model: Any) -> None:
+def follow_inputs(model: Any) -> None:
     """Adapters take activations as they come, without PEFT's cast to float32 and back: autocast decides."""
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
