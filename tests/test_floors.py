@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets",
     0.5: "yamltree durable pickles signals space watchdog templating launch keeper "
-    "hush data.jsontext data.control data.proof",
+    "hush launch data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.2: "configkeys unread schedule resume hub",
     1.5: "configfile",
@@ -31,7 +31,8 @@ FLOORS: dict[float, str] = {
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
-    4.5: "prepare batches sweepresults",
+    4.2: "picture",
+    4.5: "prepare batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.5: "finish trouble",
     6.0: "train sweep",
