@@ -164,9 +164,9 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
         if stopping or early:
             break
     session.store.wait()
-    wait_for_all()
     if stopping:
         return _stopped(session, stop)
+    wait_for_all()
     watchdog.beat("finishing", timeout_s=4 * STALL_SECONDS)
     trackers.finish()
     finish(session, reason="early stopping" if early else "")
@@ -290,6 +290,7 @@ def _stopped(session: Session, stop: StopRequest) -> int:
     step, name = session.state.step, stop.signal_name or "a signal to another rank"
     if session.job.is_first:
         session.folder.write_status("stopped", code=EXIT_STOPPED, reason=f"stopped by {name}", step=step)
+    wait_for_all()  # the first rank that leaves makes the launcher signal the others: all is written by then
     session.say(f"stopped by {name} after step {step}, checkpoint published; the same command resumes")
     return EXIT_STOPPED
 

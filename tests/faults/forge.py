@@ -81,11 +81,13 @@ def tamper(value: Any, what: str) -> Any:
 
     if what in ("nan", "inf"):
         return value * float(what)
+    whole = value
     if what == "last bit":  # of the first float tensor
+        value = dict(value.named_parameters()) if isinstance(value, torch.nn.Module) else value
         name = sorted(key for key in value if value[key].is_floating_point() and value[key].numel() > 1)[0]
-        flat = value[name].view(-1)
+        flat = value[name].detach().view(-1)
         flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf")))
-        return value
+        return whole
     if what == "zero":
         return 0
     raise AssertionError(what)

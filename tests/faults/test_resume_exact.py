@@ -125,8 +125,8 @@ def test_several_processes(tmp_path: Path, world: int, tuning: str) -> None:
     """A signal to the last rank stops all at one step; then a kill of one rank ends all."""
     job = new_job(tmp_path, tuning)
     outcome = job.run(faults=stop_after(3, rank=world - 1), world=world)
-    assert outcome.codes == [75] * world, outcome.output
-    assert job.status["step"] == 3
+    assert set(outcome.codes) <= {75, -15}, outcome.output
+    assert (job.status["state"], job.status["step"]) == ("stopped", 3)
     outcome = job.run(faults={world - 1: [fault(STEP, 3, "SIGKILL")]}, world=world)
     assert outcome.codes[-1] == -9
     assert 0 not in outcome.codes
@@ -141,7 +141,10 @@ def test_several_processes_stopped_after_every_step(tmp_path: Path, world: int) 
     job = new_job(tmp_path)
     for step in range(1, STEPS):
         outcome = job.run(faults=stop_after(1, rank=step % world), world=world)
-        assert outcome.codes == [75] * world, outcome.output
+        # A rank that has already let go of its handlers dies of what the launcher sends once the first has left.
+        assert set(outcome.codes) <= {75, -15}, outcome.output
+        assert job.status["step"] == step
+        assert (job.status["state"], job.status["code"]) == ("stopped", 75)
     job.train(world=world)
     assert_same_run(job, reference(world=world))
 

@@ -133,7 +133,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "accelerate, two": [
         "-m",
         "accelerate.commands.launch",
@@ -162,7 +162,7 @@ def test_under_real_launchers(tmp_path: Path, launcher: str, target: str) -> Non
     with open(tmp_path / "out.txt", "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=tmp_path)
         try:
-            job.wait_for_step(5, timeout=90)
+            job.wait_for_step(5, timeout=90)  # else look at out.txt
             os.kill(process.pid if target == "launcher" or launcher == "none" else ranks_of(process.pid)[-1], 15)
             process.wait(40)
             deadline = time.monotonic() + 30
