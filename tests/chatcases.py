@@ -269,6 +269,11 @@ def judge(
         assert refusals[0].detail
         return Verdict(accepted, False, refusals[0].reason)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    question: list[dict[str, Any]] = [{**messages[-1], "role": "user", "content": messages[0]["content"]}]
+    try:
+        supplied = text(question, True).removeprefix(text(question, False))
+    except Exception:
+        supplied = ""
     served = []
     for example in encoded.examples:
         sequence, labels = example.input_ids_T.tolist(), example.labels_T.tolist()
@@ -287,6 +292,8 @@ def judge(
             stop = tokenizer.convert_ids_to_tokens(sequence[end - 1])
             rendered = ended[len(prompt) :]
             found = decoded(tokenizer, sequence[end - 1], sequence[start:end])
+            if supplied.strip() and found.startswith(supplied):
+                return Verdict(accepted, False, wrong=f"turn {k}: its header is trained")
             if not blanks:
                 rendered, found = rendered.replace(" ", ""), found.replace(" ", "")
             unclosed = found[: -len(stop)]

@@ -278,13 +278,14 @@ def compare_with_markers(bundle: TokenizerBundle) -> None:
 
     Markers may hold more: what serving supplies itself (`<think>` of a generation prompt) right before a span, or the
     newline after the stop token. So each marked stretch holds one of our spans whole, and nothing of ours lies outside.
-    Tool calls are left out: Gemma 4 stops at the token that begins a tool result, which its markers do not hold.
+    Left out are tool calls, since Gemma 4 stops at the token that begins a tool result, which its markers do not hold,
+    and emoji, since transformers maps a character of several tokens to the first of them.
     """
     if not has_generation_markers(bundle.chat.text if bundle.chat else ""):
         return
     for name, sample in SHAPES.items():
         encoded = Encoder(bundle, EncodeSettings()).encode(sample)
-        if len(encoded.examples) != 1 or name == "tools":
+        if len(encoded.examples) != 1 or name in ("tools", "emoji_and_rtl"):
             continue
         given = message_dicts((in_parts(sample) if bundle.chat and bundle.chat.parts else sample).messages)
         theirs = bundle.tokenizer.apply_chat_template(

@@ -84,11 +84,13 @@ class Encoder:
         with deadline(RENDER_SECONDS, "the chat template"):
             alone, followed = probe(chat)
             question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
-            own_header = ""
+            own_header, supplied = "", ""
             try:
                 plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
                 if prompt == plain and alone.startswith(plain):
                     own_header = alone[len(plain) : alone.rindex(PROBE_ANSWER)]
+                elif prompt.startswith(plain):
+                    supplied = prompt[len(plain) :]
             except TemplateError:
                 pass  # a template that wants a system message first; each row checks its own turns
         between = followed[followed.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].partition(PROBE_NEXT)[0]
@@ -99,6 +101,7 @@ class Encoder:
             stops, self.control.everywhere, closes=self.bundle.closes, tail=self.bundle.tail,
             headers=[header] if self.control.everywhere.search(header) else [],
             own_header=own_header if self.control.everywhere.search(own_header) else "",
+            supplied=supplied if self.control.everywhere.search(supplied) else "",
             allow=self.settings.control_tokens_in_text == "allow",
         )  # fmt: skip
 

@@ -145,13 +145,13 @@ class AnswerCheck:
 
     def __init__(
         self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
-        own_header: str, allow: bool,
+        own_header: str, supplied: str, allow: bool,
     ) -> None:  # fmt: skip
         self.stop = unmarked(stops)
         self.control = control
         self.closes, self.tail = closes, tail
         self.headers = unmarked(headers) if headers and not allow else None
-        self.own_header = own_header
+        self.own_header, self.supplied = own_header, supplied
         self.allow = allow
 
     def cut(self, messages: Sequence[Mapping[str, Any]], index: int, rendered: str) -> tuple[str, bool]:
@@ -215,6 +215,12 @@ class AnswerCheck:
         if self.headers is not None and (header := self.headers.search(body)):
             detail = f"the turn holds another role's header {shown(header.group())}: {shown(body)}"
             raise Refusal("header_trained", detail)
+        if self.supplied and body.startswith(self.supplied):
+            raise Refusal(
+                "header_trained",
+                f"here the served prompt lacks {shown(self.supplied)}, which serving supplies elsewhere, and the template "
+                f"renders it as part of the turn: {shown(body)}. Set train: false on this message.",
+            )
         content = (message.get("content") or "").strip()
         start = self.last_place(content, body) if content else -1
         if start < 0 and "</think>" in content:
