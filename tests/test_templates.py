@@ -93,8 +93,7 @@ def test_tulu_ends_answers_with_end_of_text(tokenizer_folder: Path) -> None:
         "<|user|>\nHow are you doing?\n<|assistant|>\nFine.<|im_end|>"  # this tokenizer's own end-of-text token
     )
     assert render(tokenizer, [question, answer, question], prompt=True) == (
-        "<|user|>\nHow are you doing?\n<|assistant|>\nFine.<|im_end|>\n"
-        "<|user|>\nHow are you doing?\n<|assistant|>\n"
+        "<|user|>\nHow are you doing?\n<|assistant|>\nFine.<|im_end|>\n<|user|>\nHow are you doing?\n<|assistant|>\n"
     )
 
 

@@ -51,9 +51,7 @@ POLICIES: dict[str, Policy] = {
 def message_weights(policy: str, messages: Sequence[Message]) -> Weights:
     """The weight of each message: the policy's choice, overridden by `train`, scaled by `weight`."""
     chosen = POLICIES[policy](messages)
-    return tuple(
-        (c if m.train is None else float(m.train)) * m.weight for c, m in zip(chosen, messages, strict=True)
-    )
+    return tuple((c if m.train is None else float(m.train)) * m.weight for c, m in zip(chosen, messages, strict=True))
 
 
 def token_weights(rendered: Rendered, weights: Sequence[float]) -> Float32Array:

@@ -218,8 +218,8 @@ class AnswerCheck:
         if self.supplied and body.startswith(self.supplied):
             raise Refusal(
                 "header_trained",
-                f"here the served prompt lacks {shown(self.supplied)}, which serving supplies elsewhere, and the template "
-                f"renders it as part of the turn: {shown(body)}. Set train: false on this message.",
+                f"the served prompt lacks {shown(self.supplied)} here, which serving supplies elsewhere, and the "
+                f"template renders it as part of the turn: {shown(body)}. Set train: false on this message.",
             )
         content = (message.get("content") or "").strip()
         start = self.last_place(content, body) if content else -1
