@@ -98,7 +98,7 @@ def test_merged_export_with_new_tokens_loads_with_plain_transformers(
     base = base_model(tmp_path / "base", tie=tie)
     live = trained_adapter(base, tmp_path / "run", new_tokens=2, grow=grow)
     assert export(str(tmp_path / "run"), out=tmp_path / "out", merge=True) == 0
-    assert "verified: loaded with plain transformers" in capsys.readouterr().out
+    assert "verified: loaded again with plain transformers" in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.dtype == torch.bfloat16
@@ -126,7 +126,7 @@ def test_without_merge_the_adapter_loads_with_plain_peft(tmp_path: Path, capsys:
     live = trained_adapter(base, tmp_path / "run", new_tokens=2, grow=True)
     (tmp_path / "run" / "final" / "left.pt").write_bytes(b"a pickle")
     export(str(tmp_path / "run"), out=tmp_path / "out")
-    assert "verified: loaded with plain PEFT" in capsys.readouterr().out
+    assert "verified: loaded again with plain PEFT" in capsys.readouterr().out
     peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     size = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
     assert relative(logits(peft)[:, :size], logits(live)[:, :size]) < 0.02
@@ -212,6 +212,15 @@ def test_control_a_folder_that_lost_a_weight_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(ModelError, match="does not give the run's logits"):
         export(str(tmp_path / "run"), out=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]  # neither the folder nor a half of it
+
+
+def test_control_an_adapter_that_is_lost_in_merging_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model(tmp_path / "base")
+    trained_adapter(base, tmp_path / "run")
+    monkeypatch.setattr("sft.export.merge_adapter", lambda model: model.unload())
+    with pytest.raises(ModelError, match="gives other logits than beside it"):
+        export(str(tmp_path / "run"), out=tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from ruamel.yaml import YAML
 
 from sft.config import Config
 from sft.modelcard import is_hub_id, model_card, public_name
+from sft.runcard import run_card, run_of
 
 REPORT: dict[str, Any] = {
     "rows": 1200, "kept": 1190, "dropped": {"over_long": 10, "bad_row": 0}, "examples": 1300, "tokens": 345678,
@@ -99,3 +102,31 @@ def test_the_code_on_the_card_is_python(tuning: str) -> None:
 def test_names_without_folders(name: str, shown: str, hub: bool) -> None:
     assert public_name(name) == shown
     assert is_hub_id(name) is hub
+
+
+def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "model: {name: org/Base-1B, tuning: lora}\ndata: {train: [a.jsonl]}\nsave: {best: eval.loss}\n"
+    )
+    (tmp_path / "data.json").write_text(json.dumps(REPORT))
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2.13"}}))
+    events = [
+        {"event": "eval", "step": 0, **BEFORE},
+        {"event": "train", "step": 1, "tokens": 100, "seconds": 2.0},
+        {"event": "eval", "step": 1, **AFTER},
+        {"event": "train", "step": 2, "tokens": 200, "seconds": 4.0},
+        {"event": "eval", "step": 2, **AFTER, "loss": 1.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    card = run_card(tmp_path, merged=True)
+    assert card is not None
+    assert "| loss (nats a token) | 3.21 | 1.5 |" in card  # the best step, not the last
+    assert "| steps | 2 |" in card
+    assert "folded into the weights of its base" in card
+    assert "AutoModelForCausalLM" in card
+    assert header(card)["library_name"] == "transformers"
+    run = run_of(tmp_path / "checkpoints" / "step-00000002" / "model")
+    assert run is not None
+    assert run.path == tmp_path
+    assert run_card(tmp_path / "elsewhere") is None
+    assert run_of(tmp_path / "other" / "deep" / "down" / "below" / "it") is None
