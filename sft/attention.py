@@ -87,10 +87,11 @@ def flat_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # split, not slices: the gradient of a slice is a whole row of zeros for every segment
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths: list[int] = cu_seq_lens_q.diff().tolist()
+    rows = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
     outs = [
         attend(q, k, v, scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
-        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        for q, k, v in zip(*rows, strict=True)
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
 

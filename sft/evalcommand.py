@@ -102,7 +102,7 @@ def load(
         say("note: the base is loaded in 16 bits; training's own evaluations saw it in 4 bits")
     check_tokens(live, tokenizer, bundle, model)
     trainee = Trainee(live, compute_dtype=kinds.compute, autocast=kinds.compute != kinds.trained)
-    proof = setup.prove(trainee, config, device, say)
+    proof = setup.prove(trainee, config, say)
     trainee.head_path = proof["head_path"]
     if proof["flat_rows"]:
         trainee.causal.set_attn_implementation(attention.FLAT)

@@ -78,7 +78,7 @@ class Job:
         return getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
 
-def make_accelerator(config: Config, run_dir: Path, precision: str) -> Accelerator:
+def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
     """The process group and devices as the launcher set them up; every choice that matters here is passed by hand."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
@@ -122,7 +122,7 @@ def set_up_libraries(config: Config) -> None:
     """Quiet progress bars of libraries, and repeatable kernels where asked for."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # PEFT asks transformers by an old name; users can do nothing about it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if config.run.deterministic:

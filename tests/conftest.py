@@ -14,7 +14,7 @@ import pytest
 WORDS = (
     "You are a friendly pirate Oh just 6 Are you sure about that ? Yes No How many helicopters can human eat in one "
     "sitting . , ! Hello hello world one two three four five six seven eight nine ten system user assistant tool"
-).split()
+).split()  # noqa: SIM905
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
