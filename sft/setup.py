@@ -108,12 +108,12 @@ def is_sharded_launch() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def unused_gpus_hint(command: str = "CONFIG") -> str | None:
+def unused_gpus_hint(config: str) -> str | None:
     """The line that uses all GPUs, where one process runs beside idle ones."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return (
-            f"{count} GPUs here, 1 in use. To use all: accelerate launch --num_processes {count} -m sft train {command}"
+            f"{count} GPUs here, 1 in use. To use all: accelerate launch --num_processes {count} -m sft train {config}"
         )
     return None
 

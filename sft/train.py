@@ -25,7 +25,8 @@ from sft.finish import finish
 from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
 from sft.optim import set_learning_rate
-from sft.resume import RunState, digest_of
+from sft.preview import one_example
+from sft.resume import RunState
 from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
@@ -41,6 +42,7 @@ from sft.session import (
     run_fingerprint,
 )
 from sft.signals import StopRequest
+from sft.trackers import Trackers
 from sft.trainee import loss_sum
 from sft.trouble import decide_on_nonfinite, failures_noted, note_failure, note_stop_in_preparing, trouble_explained
 from sft.watchdog import Watchdog
@@ -69,7 +71,11 @@ def _train(
     from sft.prepare import prepare_data
 
     config, local_first = loaded.config, os.environ.get("LOCAL_RANK", "0") == "0"
-    say_early = (lambda text: print(text, file=sys.stderr, flush=True)) if local_first else (lambda text: None)
+
+    def say_early(text: str) -> None:
+        if local_first:
+            print(text, file=sys.stderr, flush=True)
+
     setup.set_up_libraries(config)
     date = pinned_date(folder, fresh)
     with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
@@ -105,7 +111,7 @@ def _train(
             session = open_session(
                 loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
             )
-            _introduce(session, opening)
+            _introduce(session, opening, str(loaded.path))
             with (
                 trouble_explained(session),
                 Watchdog(
@@ -123,7 +129,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
     """Evaluate at step 0, then step, log, evaluate, save, until the plan ends or all ranks agree to stop."""
     config, job, plan = session.config, session.job, session.job.plan
     total = plan.total_steps
-    trackers = _Trackers(session)
+    trackers = Trackers(session)
     if data_has_eval(session) and session.state.step == 0 and 0 not in session.scores("eval.loss"):
         watchdog.beat("evaluating before the first step")
         trackers.log_eval(session.evaluate(0), 0)
@@ -277,7 +283,7 @@ def data_has_eval(session: Session) -> bool:
     return session.data.eval is not None
 
 
-def _catch_up(session: Session, trackers: _Trackers) -> None:
+def _catch_up(session: Session, trackers: Trackers) -> None:
     """The evaluation that fell due at the very step after which the run was stopped."""
     step = session.state.step
     due = data_has_eval(session) and is_due(step, session.config.eval.every, session.job.plan.total_steps)
@@ -295,7 +301,8 @@ def _stopped(session: Session, stop: StopRequest) -> int:
     return EXIT_STOPPED
 
 
-def _introduce(session: Session, opening: Opening) -> None:
+def _introduce(session: Session, opening: Opening, command: str) -> None:
+    """What is about to happen, and one example as it is trained: ten seconds of looking find most mask bugs."""
     job, plan = session.job, session.job.plan
     facts = job.resolved
     begin = f"resuming after step {opening.state.step}" if opening.state.step else "training"
@@ -305,47 +312,10 @@ def _introduce(session: Session, opening: Opening) -> None:
         f"{facts['parameters']:,} parameters, {facts['precision']}, lr {job.peak_lr:g}, "
         f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
     )
-    hint = setup.unused_gpus_hint()
-    if hint:
+    if hint := setup.unused_gpus_hint(command):
         session.say(hint)
-
-
-class _Trackers:
-    """Trackers by name, through accelerate. One that fails is named once and never stops the training."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self._on = session, bool(session.config.log.trackers)
-        log = session.config.log
-        if self._on:
-            name = log.name or session.folder.path.name
-            run_id = digest_of(str(session.folder.path.resolve()).encode())
-            self._try(
-                lambda: session.job.accelerator.init_trackers(
-                    log.project, init_kwargs={"wandb": {"name": name, "id": run_id, "resume": "allow"}}
-                )
-            )
-
-    def log(self, event: dict[str, Any]) -> None:
-        numbers = {f"train/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
-        self._try(lambda: self._session.job.accelerator.log(numbers, step=event["step"]))
-
-    def log_eval(self, scores: dict[str, Any], step: int) -> None:
-        numbers = {f"eval/{k}": v for k, v in scores.items() if v is not None}
-        self._try(lambda: self._session.job.accelerator.log(numbers, step=step))
-
-    def finish(self) -> None:
-        # each tracker by itself: accelerate's end_training would end the process group, too
-        for tracker in self._session.job.accelerator.trackers if self._on else ():
-            self._try(tracker.finish)
-
-    def _try(self, action: Any) -> None:
-        if not self._on:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever a tracker raises is its own trouble, not the training's
-            self._on = False
-            self._session.say(f"warning: the tracker failed and is switched off: {type(error).__name__}: {error}")
+    if opening.state.step == 0 and job.is_first:
+        session.say(one_example(session.data.train.example(0), session.bundle))
 
 
 def _device_type() -> torch.device:

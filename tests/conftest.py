@@ -11,10 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-WORDS = (
-    "You are a friendly pirate Oh just 6 Are you sure about that ? Yes No How many helicopters can human eat in one "
-    "sitting . , ! Hello hello world one two three four five six seven eight nine ten system user assistant tool"
-).split()  # noqa: SIM905
+SENTENCES = """
+You are a friendly pirate Oh just 6 Are you sure about that ? Yes No How many helicopters can human eat in one
+sitting . , ! Hello hello world one two three four five six seven eight nine ten system user assistant tool
+"""
+WORDS = SENTENCES.split()
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

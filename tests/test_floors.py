@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets",
     0.5: "yamltree durable pickles signals space watchdog templating launch keeper "
-    "hush launch data.jsontext data.control data.proof",
+    "hush data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.2: "configkeys unread schedule resume hub",
     1.5: "configfile",
@@ -34,7 +34,7 @@ FLOORS: dict[float, str] = {
     4.2: "picture",
     4.5: "prepare batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
-    5.5: "finish trouble",
+    5.5: "finish trouble trackers",
     6.0: "train sweep",
     7.0: "__main__",
 }
