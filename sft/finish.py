@@ -12,7 +12,7 @@ from sft.checkpoint import publish_folder, read_tensors, verify
 from sft.distributed import wait_for_all
 from sft.durable import read_json, write_json, write_text
 from sft.errors import EXIT_DONE
-from sft.modelcard import model_card
+from sft.runcard import run_card
 from sft.serving import check_serving, describe
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def finish(session: Session, *, reason: str) -> None:
         serving = _serve(session, staging)
         write_json(session.folder.path / "serving.json", serving)
         session.say(f"serving check: {describe(serving)}")
-        write_text(staging / "README.md", _card(session, describe(serving)))
+        write_text(staging / "README.md", run_card(session.folder.path) or "")
         publish_folder(staging, final)
         session.folder.write_status("done", code=EXIT_DONE, reason=reason, step=session.state.step)
         session.say(f"done: {final}, {_report(session.folder.path)}")
@@ -108,27 +108,5 @@ def _serve(session: Session, final: Path) -> dict[str, Any]:
             max_new_tokens=max(256, session.config.eval.max_new_tokens),
             model=live,
             template_args=session.config.data.template_args,
+            pinned_date=read_json(session.folder.environment)["date"],
         )
-
-
-def _card(session: Session, serving: str) -> str:
-    events = session.metrics.read()
-    evals = {e["step"]: e for e in events if e["event"] == "eval"}
-    answers = [e for e in events if e["event"] == "samples"]
-    best = session.best_step()
-    after = evals.get(best if best is not None else session.state.step)
-    environment = read_json(session.folder.environment)
-    return model_card(
-        session.config.model_dump(mode="json"),
-        session.data.report,
-        before=evals.get(0),
-        after=after,
-        best=session.config.save.best,
-        serving=serving,
-        samples=answers[-1]["samples"] if answers else (),
-        steps=session.state.step,
-        tokens=session.state.tokens,
-        seconds=session.state.seconds,
-        environment=environment["versions"],
-        resolved={"optim.lr": session.job.peak_lr, "batch.micro_tokens": session.job.micro_tokens},
-    )

@@ -210,7 +210,6 @@ class TokenRows:
     warm_started: tuple[str, ...]  # set to the end-of-text row
     untrained: tuple[str, ...]  # look never trained and were left as they are
     trained_ids: tuple[int, ...]  # rows that an adapter must train and save
-    grown_to: int | None  # rows of the embedding after growing, if it grew
 
 
 def fit_vocabulary(
@@ -228,10 +227,7 @@ def fit_vocabulary(
     trained when its token was added just now, or when its length is below a quarter or above four times the median.
     Such rows start from the end-of-text row, which is the nearest thing to "a turn ends here" a base model knows.
     """
-    grown_to = None
-    if vocabulary > model.get_input_embeddings().weight.shape[0]:
-        grown_to = -(-vocabulary // 64) * 64  # a multiple of 64 keeps matrix products fast
-        model.resize_token_embeddings(grown_to, mean_resizing=False)
+    grow_vocabulary(model, vocabulary)
     weights = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not weights[0]:
@@ -255,8 +251,23 @@ def fit_vocabulary(
         warm_started=tuple(suspects) if start else (),
         untrained=() if start else tuple(suspects),
         trained_ids=tuple(sorted(suspects.values())),
-        grown_to=grown_to,
     )
+
+
+def grow_vocabulary(model: Any, vocabulary: int) -> None:
+    """Rows for every id of the tokenizer, where there are fewer; new ones start as the mean of the old.
+
+    Exactly as many as the tokenizer has, as a stranger's PEFT would make them; and not at random, since a row that
+    nothing trains and nothing saves must be the same in every process.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if vocabulary <= old:
+        return
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                module.weight[old:] = module.weight[:old].float().mean(dim=0).to(module.weight)
 
 
 def _never_trained(weight: torch.Tensor, index: int) -> bool:
@@ -303,13 +314,11 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None = None, device: torc
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = load_base(base_name, dtype=dtype or "auto", device=device)
-    rows = json.loads((folder / "vocabulary.json").read_text())["rows"] if (folder / "vocabulary.json").is_file() else 0
-    if rows > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer) <= base.get_input_embeddings().weight.shape[0]
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    base = load_base(
+        settings["base_model_name_or_path"], revision=settings.get("revision"), dtype=dtype or "auto", device=device
+    )
+    grow_vocabulary(base, len(AutoTokenizer.from_pretrained(folder)))
     return PeftModel.from_pretrained(base, folder)
 
 

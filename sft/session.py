@@ -167,8 +167,6 @@ class Session:
         else:
             trainee.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-            if self.job.resolved.get("grown_to"):
-                write_json(folder / "vocabulary.json", {"rows": self.job.resolved["grown_to"]})
         bundle.tokenizer.save_pretrained(folder)
         self.generation_config().save_pretrained(folder)
 
@@ -334,9 +332,7 @@ def open_session(
     config, state = loaded.config, opening.state
     device = accelerator.device
     recorded = state.resolved
-    trainee, facts = setup.build_trainee(
-        config, bundle, device=device, checkpoint=opening.checkpoint, grown_to=recorded.get("grown_to"), say=say
-    )
+    trainee, facts = setup.build_trainee(config, bundle, device=device, checkpoint=opening.checkpoint, say=say)
     trainee.train()  # before any forward pass: in evaluation mode, 4-bit layers repack their weights on some CPUs
     proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
     if not proof or config.model.attention not in ("auto", "flat"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,12 +17,14 @@ from sft import attention, optim
 from sft.config import Config
 from sft.data.collate import flat, idle, to_device
 from sft.errors import ConfigError, DeviceError
+from sft.hush import hush_libraries
 from sft.isolation import compare, head_is_exact
 from sft.model import (
     add_adapter,
     count_parameters,
     dtypes,
     fit_vocabulary,
+    grow_vocabulary,
     load_base,
     resolve_precision,
 )
@@ -119,12 +120,8 @@ def unused_gpus_hint(config: str) -> str | None:
 
 
 def set_up_libraries(config: Config) -> None:
-    """Quiet progress bars of libraries, and repeatable kernels where asked for."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # PEFT asks transformers by an old name; users can do nothing about it.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    """Quiet libraries, and repeatable kernels where asked for."""
+    hush_libraries()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -137,7 +134,6 @@ def build_trainee(
     *,
     device: torch.device,
     checkpoint: Path | None,
-    grown_to: int | None,
     say: Callable[[str], None],
 ) -> tuple[Trainee, dict[str, Any]]:
     """The model to train, from its base or from a checkpoint's model/, and facts about it for the record."""
@@ -157,7 +153,7 @@ def build_trainee(
         device=device,
         trust_remote_code=config.model.trust_remote_code,
     )
-    rows = _fit_tokens(model, config, bundle, checkpoint=checkpoint, grown_to=grown_to, say=say)
+    rows = _fit_tokens(model, config, bundle, checkpoint=checkpoint, say=say)
     if tuning != "full":
         if tuning == "qlora":
             _prepare_quantized(model)
@@ -203,15 +199,13 @@ def _fit_tokens(
     bundle: TokenizerBundle,
     *,
     checkpoint: Path | None,
-    grown_to: int | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Rows for the template's tokens. A checkpoint's model has had its start; its vocabulary is only grown again."""
-    if checkpoint is not None:
-        if grown_to is not None and grown_to > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(grown_to, mean_resizing=False)
-        return {"trained_ids": [], "grown_to": grown_to, "warm_started": [], "untrained": []}
     tokenizer = bundle.tokenizer
+    if checkpoint is not None:
+        grow_vocabulary(model, len(tokenizer))
+        return {"trained_ids": [], "warm_started": [], "untrained": []}
     rows = fit_vocabulary(
         model,
         vocabulary=len(tokenizer),
@@ -226,7 +220,6 @@ def _fit_tokens(
         say(f"warning: tokens with untrained rows: {' '.join(rows.untrained)} (cure: model.warm_start_tokens: auto)")
     return {
         "trained_ids": list(rows.trained_ids),
-        "grown_to": rows.grown_to,
         "warm_started": list(rows.warm_started),
         "untrained": list(rows.untrained),
     }
