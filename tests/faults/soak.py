@@ -92,7 +92,7 @@ class Soak:
             self.resumes += attempt > 0
             run = job.start(world=world())
             if attempt < MOST_BLOWS:
-                self.strike(run, self.chance.uniform(0, 1.3 * duration))
+                self.strike(run, self.chance.uniform(0, duration))
             outcome = run.wait(300)
             self.ends[",".join(str(code) for code in sorted(set(outcome.codes)))] += 1
             assert 2 not in outcome.codes, outcome.output  # a blow never makes a run unfit to resume

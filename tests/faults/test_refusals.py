@@ -68,7 +68,7 @@ def test_each_change_alone_is_refused(tmp_path: Path, key: str) -> None:
 
 
 def change_one_row(job: Job, folder: Path) -> str:
-    changed = rows(34)
+    changed = rows(33)
     changed[17]["messages"][0]["content"] += " friendly"
     write_rows(folder / "data.jsonl", changed)
     return f"data.train.0.path={folder / 'data.jsonl'}"

@@ -56,7 +56,7 @@ def test_stopped_after_every_step(tmp_path: Path) -> None:
     assert_same_run(job, reference())
 
 
-@pytest.mark.parametrize("step", [pytest.param(s, marks=[] if s == 4 else pytest.mark.slow) for s in range(1, STEPS)])
+@pytest.mark.parametrize("step", [pytest.param(s, marks=pytest.mark.slow) for s in range(1, STEPS)])
 def test_stopped_once(tmp_path: Path, step: int) -> None:
     job = new_job(tmp_path)
     outcome = job.run(faults=stop_after(step))
