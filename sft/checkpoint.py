@@ -122,6 +122,7 @@ class CheckpointStore:
         assert keep >= 1
         self._root = root
         self._keep = keep
+        self.expected_bytes = 0  # of one checkpoint, where the caller can tell before the first
         self._protected: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -240,7 +241,7 @@ class CheckpointStore:
         safe = f"{older[0]} is whole." if older else "No checkpoint was published before."
         if full:
             staged = folder_bytes(staging)
-            needed = max([staged, *(folder_bytes(path) for path in older[:1])])
+            needed = max([staged, self.expected_bytes, *(folder_bytes(path) for path in older[:1])])
             free = free_bytes(self._root) + staged  # what remains once the staged part is gone
             missing = human(needed - free) if needed > free else f"more than {human(max(free - staged, 0))}"
             return DeviceError(

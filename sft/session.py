@@ -398,6 +398,7 @@ def _check_disk(session: Session) -> None:
     trainee, tuning = session.job.trainee, session.config.model.tuning
     kept = [p for p in trainee.parameters() if p.requires_grad or tuning == "full"]
     weights = sum(p.numel() * p.element_size() for p in kept)
+    session.store.expected_bytes = 3 * weights
     on_first_rank(
         session.job.is_first,
         lambda: check_space(session.folder.path, 3 * weights, session.config.save.keep, final_bytes=weights),

@@ -62,7 +62,10 @@ def failures_noted(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
-        note_failure(folder, code, str(error) or type(error).__name__)
+        try:
+            note_failure(folder, code, str(error) or type(error).__name__)
+        except OSError as unwritten:  # a full disk, which the error itself tells of
+            print(f"status.json could not be written: {unwritten}", file=sys.stderr, flush=True)
         raise
 
 
