@@ -45,6 +45,7 @@ class TrialRow:
     repeats: tuple[Any, ...] = ()
     begun: str = ""
     ended: str = ""
+    is_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def _row(loaded: LoadedSweep, trial: Any) -> TrialRow:
         repeats=tuple(notes.get("repeats", ())),
         begun=trial.datetime_start.isoformat(timespec="seconds") if trial.datetime_start else "",
         ended=trial.datetime_complete.isoformat(timespec="seconds") if trial.datetime_complete else "",
+        is_base=_is_base(loaded, notes),
     )
 
 
@@ -211,5 +213,6 @@ def _summary(results: Results, importances: Mapping[str, float]) -> dict[str, An
         ],
         "trials": [asdict(row) for row in results.rows],
         "best": results.best.trial if results.best else None,
+        "base": next((row.trial for row in results.rows if row.is_base), None),
         "importances": dict(importances),
     }

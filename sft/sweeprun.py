@@ -228,7 +228,7 @@ class TrialRun:
                 self._reported = evaluation
                 gives_up = self.claim.report(value, evaluation)
                 if gives_up and evaluation != self._last_evaluation():
-                    self.stop("prune", f"pruned at step {step}: {spec.metric} {value:.6g}", patience=120.0)
+                    self.stop("prune", f"pruned at step {step}", patience=120.0)
                     return
 
     def _last_evaluation(self) -> int | None:

@@ -78,7 +78,7 @@ class View:
         if best is not None:
             self._best = (best.value, best.trial)
         metric = self._loaded.spec.metric
-        what = f"{metric} {row.value:.6g}" if row.state == "complete" else row.reason or row.state
+        what = row.reason if row.value is None else f"{metric} {row.value:.6g}"
         mark = ", best so far" if best is not None and best.trial == number else ""
         took = f", {duration(row.seconds)}" if row.seconds else ""
         self.say(

@@ -133,7 +133,7 @@ def train_command(launch: Sequence[str], config: Path, port: int) -> list[str]:
 
 def _program(name: str) -> str:
     """The launcher beside this Python before one elsewhere on the PATH: it must see the same packages."""
-    beside = Path(sys.executable).with_name(name)
+    beside = Path(sys.executable).parent / name
     if "/" not in name and beside.exists():
         return str(beside)
     found = shutil.which(name)
@@ -297,7 +297,7 @@ def read_outcome(run_dir: Path, code: int, curve: Curve, log: Path, since: float
     if code == EXIT_STOPPED or (status.get("state") == "stopped" and code < 128):
         return Outcome("stopped", reason=str(status.get("reason") or "stopped on a signal"), tail=tail)
     reason = str(status.get("reason") or "") if status.get("state") == "failed" else ""
-    reason = reason or _said_by_log(tail) or _said_by_code(code)
+    reason = reason or _said_by_log(tail) or _said_by_code(code, tail)
     return Outcome("failed", reason=mask_secrets(" ".join(reason.split())), tail=tail)
 
 
@@ -319,14 +319,15 @@ def _done(curve: Curve, tail: str) -> Outcome:
     return Outcome("done", value=value, reason="", tail=tail)
 
 
-def _said_by_code(code: int) -> str:
+def _said_by_code(code: int, tail: str) -> str:
     if code > 128:
         try:
             name = signal.Signals(code - 128).name
         except ValueError:
             return f"exit code {code}"
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"exit code {code}"
+    last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip("=-# ")), "")
+    return f"exit code {code}" + (f": {last}" if last else "")
 
 
 def log_tail(log: Path) -> str:
