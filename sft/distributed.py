@@ -53,5 +53,12 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Ends the process group after all ranks are done, rather than wherever the interpreter happens to exit."""
+    if is_distributed():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _collective_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -57,8 +57,13 @@ class Session:
 
     # Scores and samples ------------------------------------------------------------------------------------------
 
-    def evaluate(self, step: int) -> dict[str, float | int | None]:
-        """Scores the held-out split, each row once across ranks, and answers its first prompts."""
+    def evaluate(
+        self, step: int, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float | int | None] | None:
+        """Scores the held-out split, each row once across ranks, and answers its first prompts.
+
+        None where any rank is asked to stop on the way: nothing is recorded, and the resumed run evaluates this step.
+        """
         job, split = self.job, self.data.eval
         assert split is not None
         total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
@@ -72,6 +77,8 @@ class Session:
                     return score_hidden(features, head, batch.targets_M, batch.weights_M, self.bundle.stop_ids)
 
                 total_6 += loss_sum(job.trainee, job.trainee, batch, score)
+                if any(sum_over_ranks([float(asked_to_stop())], job.device)):
+                    return None
             samples = self._samples(split.samples[: self.config.eval.samples])
         scores = metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
         if job.is_first:

@@ -19,7 +19,7 @@ from sft import setup
 from sft.batches import Join, StepData, StepFeed
 from sft.console import Console
 from sft.data.collate import to_device
-from sft.distributed import sum_over_ranks, wait_for_all
+from sft.distributed import leave, sum_over_ranks, wait_for_all
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
@@ -120,7 +120,9 @@ def _train(
                     lambda reason: note_failure(folder, EXIT_FAILED, reason),
                 ) as watchdog,
             ):
-                return _loop(session, stop, watchdog, console.step)
+                code = _loop(session, stop, watchdog, console.step)
+        leave()
+        return code
     finally:
         lock.release()
 
@@ -129,18 +131,19 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
     """Evaluate at step 0, then step, log, evaluate, save, until the plan ends or all ranks agree to stop."""
     config, job, plan = session.config, session.job, session.job.plan
     total = plan.total_steps
-    trackers = Trackers(session)
+    trackers, stopping = Trackers(session), False
     if data_has_eval(session) and session.state.step == 0 and 0 not in session.scores("eval.loss"):
         watchdog.beat("evaluating before the first step")
-        trackers.log_eval(session.evaluate(0), 0)
+        stopping = not _evaluate(session, trackers, stop)
     elif session.state.step > 0:
-        _catch_up(session, trackers)
+        stopping = not _catch_up(session, trackers, stop)
+    if stopping:
+        return _stopped(session, stop)
     feed = StepFeed(
         session.data.train, plan, seed=config.run.seed, rank=job.rank, world=job.world,
         micro_tokens=job.micro_tokens, join=Join(job.flat_rows, job.pad_id),
     )  # fmt: skip
     early = session.should_stop_early()
-    stopping = False
     for data in feed.steps(session.state.step + 1) if not early else ():
         # -- one step -------------------------------------------------------------------------------------------------
         watchdog.beat(f"step {data.step}")
@@ -158,10 +161,10 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
         saved = is_due(data.step, config.save.every, total) or stopping
         if not stopping and data_has_eval(session) and is_due(data.step, config.eval.every, total):
             watchdog.beat(f"evaluating at step {data.step}")
-            trackers.log_eval(session.evaluate(data.step), data.step)
+            stopping = not _evaluate(session, trackers, stop)
             best = session.best_step()
             session.store.protect(best)
-            saved = saved or best == data.step
+            saved = saved or stopping or best == data.step
             early = session.should_stop_early()
         if saved or early:
             watchdog.beat(f"saving at step {data.step}")
@@ -283,13 +286,23 @@ def data_has_eval(session: Session) -> bool:
     return session.data.eval is not None
 
 
-def _catch_up(session: Session, trackers: Trackers) -> None:
-    """The evaluation that fell due at the very step after which the run was stopped."""
+def _evaluate(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
+    """Evaluates after the current step. False where a rank was asked to stop on the way."""
+    scores = session.evaluate(session.state.step, lambda: stop.requested)
+    if scores is None:
+        return False
+    trackers.log_eval(scores, session.state.step)
+    return True
+
+
+def _catch_up(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
+    """The evaluation that fell due at the step after which the run was stopped. False where it is stopped again."""
     step = session.state.step
     due = data_has_eval(session) and is_due(step, session.config.eval.every, session.job.plan.total_steps)
-    if due and step not in session.scores("eval.loss"):
-        trackers.log_eval(session.evaluate(step), step)
+    if due and step not in session.scores("eval.loss") and not _evaluate(session, trackers, stop):
+        return False
     session.store.protect(session.best_step())
+    return True
 
 
 def _stopped(session: Session, stop: StopRequest) -> int:
@@ -297,7 +310,8 @@ def _stopped(session: Session, stop: StopRequest) -> int:
     if session.job.is_first:
         session.folder.write_status("stopped", code=EXIT_STOPPED, reason=f"stopped by {name}", step=step)
     wait_for_all()  # the first rank that leaves makes the launcher signal the others: all is written by then
-    session.say(f"stopped by {name} after step {step}, checkpoint published; the same command resumes")
+    what = f"after step {step}, checkpoint published" if step else "before the first step"
+    session.say(f"stopped by {name} {what}; the same command resumes")
     return EXIT_STOPPED
 
 

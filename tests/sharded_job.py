@@ -5,6 +5,7 @@ accelerate enables FSDP on accelerators only; torch's `fully_shard`, which it ca
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def main(model: Path) -> None:
     step(again, again_optimizer, examples()[rank::world], world)
     for (parameter, name), other in zip(names.items(), again_names, strict=True):
         assert torch.equal(whole(parameter), whole(other)), name
-    print(f"rank {rank}: sharded state is exact")
+    print(f"rank {rank}: sharded state is exact", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit
 
 
 if __name__ == "__main__":
