@@ -119,8 +119,8 @@ def open_storage(url: str | None, folder: Path) -> tuple[BaseStorage, Guard]:
     try:
         parsed = make_url(url)
         kind = parsed.get_backend_name()
-        guard = _database_guard(parsed, folder)
-        storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True} if kind != "sqlite" else {})
+        with _database_guard(parsed, "tables")():  # two drivers that begin at once would both create them
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True} if kind != "sqlite" else {})
     except ModuleNotFoundError as error:
         raise DeviceError(
             f"storage: {mask_secrets(url)} needs the package {error.name}"
@@ -130,7 +130,7 @@ def open_storage(url: str | None, folder: Path) -> tuple[BaseStorage, Guard]:
         raise DeviceError(f"storage: {mask_secrets(url)} cannot be opened: {without_password(error, url)}") from None
     except (ImportError, optuna.exceptions.StorageInternalError) as error:
         raise DeviceError(f"storage: {mask_secrets(url)} cannot be used: {without_password(error, url)}") from None
-    return storage, guard
+    return storage, _database_guard(parsed, folder.as_posix())
 
 
 def without_password(error: BaseException, url: str | None) -> str:
@@ -156,18 +156,19 @@ def _file_guard(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _database_guard(url: Any, folder: Path) -> Guard:
+def _database_guard(url: Any, name: str) -> Guard:
     """One driver at a time, by the means of the database. Its server frees the lock when a holder's connection ends."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
     kind = url.get_backend_name()
     if kind == "sqlite":
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(url.database).with_suffix(".lock") if url.database else folder / ".sweep.lock"
+        if not url.database or url.database == ":memory:":
+            raise DeviceError("storage: a database in memory does not outlive its driver; name a file, or leave null.")
+        beside = Path(f"{url.database}.lock")
+        beside.parent.mkdir(parents=True, exist_ok=True)
         return lambda: _file_guard(beside)
-    name = f"sft-sweep:{folder.as_posix()}"
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+    key = int.from_bytes(hashlib.sha256(f"sft-sweep:{name}".encode()).digest()[:8], "big", signed=True)
     lock = {
         "postgresql": (
             # a holder that hangs loses the lock with its connection
