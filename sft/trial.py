@@ -246,7 +246,7 @@ class Curve:
             self.step = int(event.get("step") or 0)
             self.seconds = max(self.seconds, float(event.get("seconds") or 0.0))
             if event.get("event") == "eval":
-                self.keys = tuple(key for key, value in event.items() if isinstance(value, int | float))
+                self.keys = tuple(k for k, v in event.items() if k != "step" and isinstance(v, int | float))
                 value = event.get(self.metric)
                 if self.metric in event:
                     points[self.step] = float(value) if isinstance(value, int | float) else None

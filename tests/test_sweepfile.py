@@ -220,3 +220,12 @@ def test_a_trial_config_keeps_the_places_of_the_base():
     assert (config.config.optim.lr, config.config.model.lora.rank, config.config.run.seed) == (3e-4, 8, 7)
     assert config.origins["optim.lr"] == "the sweep"
     assert config.origins["train.max_steps"] == "base.yaml:5"
+
+
+def test_the_sweep_that_ships(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    loaded = load_sweep("configs/sweep.yaml")
+    assert loaded.warnings == ()
+    assert {dimension.key for dimension in loaded.space} >= {"optim.lr", "model.lora.rank"}
+    assert (loaded.total, loaded.spec.workers, loaded.spec.pruner.type) == (12, 2, "median")
