@@ -73,7 +73,7 @@ class Sweep(Strict):
     """null: a journal file in dir; or a database URL, shared by machines that run the same sweep."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which a trial is stopped and counts as failed."""
-    lease: Annotated[float, Field(ge=2)] = 60.0
+    lease: Annotated[float, Field(ge=1)] = 60.0
     """Seconds of silence after which another machine takes over a driver's trials."""
 
     @field_validator("pruner", mode="before")

@@ -137,11 +137,11 @@ class View:
         finished = self._done - self._done_before
         if finished <= 0:
             return None
-        begun = sum(now - run.started for _, run in running)
-        spent = (now - self._began) * max(1, len(running)) - begun
-        each = max(spent, 1.0) / finished
-        left = (self._total - self._done) * each - min(begun, len(running) * each)
-        return float(max(0.0, left) / max(1, len(running)))
+        ages = [now - run.started for _, run in running]
+        workers = max(1, len(running))
+        each = max((now - self._began) * workers - sum(ages), 1.0) / finished
+        left = sum(max(each - age, each / 10) for age in ages) + (self._total - self._done - len(ages)) * each
+        return max(0.0, float(left)) / workers
 
 
 def point_words(values: dict[str, Any]) -> str:

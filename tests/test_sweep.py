@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pytest
 from sweep_trainer import loss_at
@@ -115,6 +116,11 @@ def test_a_sweep_from_file_to_best_config():
         assert row["seconds"] == "4.0"
         assert Path(row["run"], "metrics.jsonl").exists()
     assert (rows[0]["optim.lr"], rows[0]["model.lora.rank"]) == ("0.0002", "16")  # the base config came first
+    one, two = starts()[:2]  # side by side, each with its own devices
+    assert one["port"] != two["port"]
+    cores = sorted(os.sched_getaffinity(0))
+    assert len(cores) == 1 or sorted(one["cores"] + two["cores"]) == cores
+    assert one["threads"] == "1"
     best = min(rows, key=lambda row: float(row["value"]))
     config = load_config("sw/best.yaml")
     assert config.config.optim.lr == float(best["optim.lr"])
@@ -126,6 +132,9 @@ def test_a_sweep_from_file_to_best_config():
     assert len(err.splitlines()) == 5  # one line to begin, one a finished trial
     page = Path("sw/report.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    # optuna's own tools (its dashboard) read the journal
+    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("sw/study.journal"))
+    assert optuna.load_study(study_name="sw", storage=journal).best_value == float(best["value"])
     # and the best config, run by itself, gives the same value
     done = subprocess.run([sys.executable, TRAINER, "sw/best.yaml"], env={**os.environ, "MASTER_PORT": "0"}, check=True)
     assert done.returncode == 0
@@ -176,7 +185,7 @@ def test_all_failed_is_a_failure_without_a_best_config():
 def test_pruned_trials_stop_cleanly_and_keep_their_last_value():
     points = ["{optim.lr: 1e-4, model.lora.rank: 8}", "{optim.lr: 1e-3}", "{optim.lr: 1e-5, model.lora.rank: 8}"]
     first = f"first=[{', '.join(points)}]"
-    code, _, err = run("pruner={type: median, startup_trials: 1, warmup: 0}", first, "trials=3", step_seconds=0.15)
+    code, _, err = run("pruner={type: median, startup_trials: 1, warmup: 0}", first, "trials=3", step_seconds=0.1)
     assert code == 0, err
     rows = table()
     assert [row["state"] for row in rows] == ["complete", "pruned", "pruned"]
@@ -191,16 +200,6 @@ def test_repeats_give_the_mean_over_seeds():
     (row,) = table()
     assert float(row["value"]) == pytest.approx((loss_at(2e-4, 16, 8, 8, 0) + loss_at(2e-4, 16, 8, 8, 1)) / 2)
     assert [start["run"] for start in starts()] == ["seed-0", "seed-1"]
-
-
-def test_workers_have_their_own_cores_and_ports():
-    run("workers=2", "trials=2", step_seconds=0.1)
-    one, two = starts()
-    assert one["port"] != two["port"]
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) > 1:
-        assert not set(one["cores"]) & set(two["cores"])
-        assert sorted(one["cores"] + two["cores"]) == cores
 
 
 def test_the_driver_stopped_and_started_again_goes_on_where_it_was():
@@ -284,12 +283,12 @@ def test_a_trial_stopped_by_somebody_else_goes_on():
 
 
 def test_two_drivers_on_one_storage_share_the_work():
-    one, two = start("trials=6", step_seconds=0.05), start("trials=6", step_seconds=0.05)
+    one, two = start(step_seconds=0.03), start(step_seconds=0.03)
     for driver in (one, two):
         _, err = driver.communicate(timeout=120)
         assert driver.returncode == 0, err
-    assert [row["state"] for row in table()] == ["complete"] * 6
-    assert sorted(start["run"] for start in starts()) == [f"{n:04d}" for n in range(6)]  # each once
+    assert [row["state"] for row in table()] == ["complete"] * 4
+    assert sorted(start["run"] for start in starts()) == [f"{n:04d}" for n in range(4)]  # each once
 
 
 @pytest.mark.slow

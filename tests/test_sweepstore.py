@@ -32,7 +32,7 @@ SWEEP = """\
 config: base.yaml
 dir: sw
 trials: 6
-lease: 2
+lease: 1
 space:
   optim.lr: {low: 1.0e-5, high: 1.0e-3, log: true}
   model.lora.rank: [8, 16, 32]
@@ -252,12 +252,12 @@ def test_a_driver_elsewhere_is_dead_when_it_is_silent_for_a_lease(monkeypatch):
     beat()
     taken = other.claim(set())
     assert taken is not None
-    deadline = time.monotonic() + 2.5
+    deadline = time.monotonic() + 1.5
     while time.monotonic() < deadline:  # it beats, so it lives
         beat()
         assert not mine.is_dead(other.driver, mine.study.user_attrs)
         time.sleep(0.3)
-    time.sleep(2.1)
+    time.sleep(1.1)
     claim = mine.claim(set())
     assert claim is not None
     assert claim.number == taken.number

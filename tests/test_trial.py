@@ -152,9 +152,9 @@ def test_a_kill_ends_ranks_in_other_sessions_too(kept):
 
 
 def test_silence_stops_what_is_kept(kept, tmp_path):
-    process = kept(lease=2.0)
+    process = kept(lease=1.2)
     for _ in range(4):
-        time.sleep(0.4)
+        time.sleep(0.25)
         process.beat()
     assert process.poll() is None
     assert ended(process) == 75
