@@ -23,7 +23,7 @@ SERVING_SAMPLES = 4
 
 def finish(session: Session, *, reason: str) -> None:
     """Writes what remains of a run. A collective where the model is sharded. `reason`: why it ended early, or ""."""
-    weights = _best_weights(session) or session.trained_weights()
+    weights = _best_weights(session) or session.trained_weights(copy=False)
     if session.job.is_first:
         final, staging = session.folder.final, session.folder.path / ".staging-final"
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here

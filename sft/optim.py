@@ -63,20 +63,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on the host, copied; gathers shards (a collective: every rank must call it)."""
+def whole(tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
+    """The full tensor on the host; gathers shards (a collective: every rank must call it).
+
+    Without `copy`, a tensor that lies on the host already is given as it is: for when nothing trains any more.
+    """
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().to("cpu", copy=copy)
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, torch.Tensor]:
+def state_by_name(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, copy: bool = True
+) -> dict[str, torch.Tensor]:
     """`{"<parameter>::<entry>": tensor}`, whole, on the host. Plain numbers become float64 scalars."""
     state: dict[str, torch.Tensor] = {}
     for parameter, name in names.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             is_tensor = isinstance(value, torch.Tensor)
-            state[f"{name}::{entry}"] = whole(value) if is_tensor else torch.tensor(float(value), dtype=torch.float64)
+            state[f"{name}::{entry}"] = (
+                whole(value, copy=copy) if is_tensor else torch.tensor(float(value), dtype=torch.float64)
+            )
     return state
 
 

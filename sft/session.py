@@ -5,40 +5,35 @@ The loop itself is in `sft.train`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from sft import setup
 from sft.batches import Join
-from sft.checkpoint import CheckpointStore, find_resumable, read_tensors, write_tensors
+from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.config import Config
 from sft.data.collate import to_device
 from sft.distributed import from_first_rank, gather, sum_over_ranks
-from sft.durable import check_writable, read_json, write_json, write_text
-from sft.errors import DeviceError, ResumeError, SftError
+from sft.durable import write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
 from sft.generate import answer_samples
+from sft.opening import Opening, on_first_rank
 from sft.optim import load_state_by_name, state_by_name, whole
-from sft.resume import RunState, check_continuation, fingerprint
+from sft.resume import RunState
 from sft.runfolder import MetricsLog, RunFolder
-from sft.runlock import RunLock
-from sft.schedule import Plan, plan
+from sft.schedule import Plan
 from sft.space import check_space
 from sft.trainee import loss_sum
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
     from sft.data.loader import Prepared
-    from sft.data.store import Split
     from sft.setup import Job
     from sft.tokenizer import TokenizerBundle
 
@@ -136,11 +131,14 @@ class Session:
 
     # Saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, *, then: Callable[[], None] | None = None) -> None:
-        """Publishes a checkpoint of `state.step`. Ranks wait for the copy to the host, not for the disk."""
+    def save(self, *, is_last: bool = False) -> None:
+        """Publishes a checkpoint of `state.step`. Ranks wait for the copy to the host, not for the disk.
+
+        After the last step nothing moves a weight, so they are written from where they are, without a copy.
+        """
         job = self.job
-        weights = self.trained_weights()
-        optimizer = state_by_name(job.optimizer, job.names)
+        weights = self.trained_weights(copy=not is_last)
+        optimizer = state_by_name(job.optimizer, job.names, copy=not is_last)
         if not job.is_first:
             return
         state = replace(self.state, resolved=job.resolved)
@@ -151,16 +149,16 @@ class Session:
             write_tensors(folder / "optimizer.safetensors", optimizer)
             write_json(folder / "state.json", state.as_dict())
 
-        self.store.save(state.step, write, then=then)
+        self.store.save(state.step, write)
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
+    def trained_weights(self, *, copy: bool = True) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps, whole, on the host: all weights, or the adapter's. A collective if sharded."""
         trainee = self.job.trainee
         if self.config.model.tuning == "full":
-            return _each_once(trainee.causal.state_dict(keep_vars=True), whole)
+            return _each_once(trainee.causal.state_dict(keep_vars=True), lambda tensor: whole(tensor, copy=copy))
         trained = {id(p) for p in trainee.parameters() if p.requires_grad}
         state = trainee.model.state_dict(keep_vars=True)
-        return {name: whole(tensor) for name, tensor in state.items() if id(tensor) in trained}
+        return {name: whole(tensor, copy=copy) for name, tensor in state.items() if id(tensor) in trained}
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
         """A folder that `from_pretrained` or PEFT loads: weights, tokenizer with its template, generation settings."""
@@ -195,132 +193,6 @@ class Session:
 def direction(metric: str) -> int:
     """1 where lower is better (losses), -1 where higher is."""
     return 1 if metric.rpartition(".")[2] in ("loss", "perplexity") else -1
-
-
-# Opening ---------------------------------------------------------------------------------------------------------
-
-
-def pinned_date(folder: RunFolder, fresh: bool) -> str:
-    """The date that templates are told: the day this run began, so that a resumed run renders the same."""
-    if not fresh and folder.environment.exists():
-        recorded = read_json(folder.environment).get("date")
-        if recorded:
-            return str(recorded)
-    return date.today().isoformat()
-
-
-def on_first_rank(is_first: bool, action: Callable[[], Any]) -> Any:
-    """Runs `action` on rank 0 and gives its plain result to all; its user error is raised on all, said once."""
-    answer: dict[str, Any] = {}
-    failure: SftError | None = None
-    if is_first:
-        try:
-            answer = {"result": action()}
-        except SftError as error:
-            failure, answer = error, {"error": str(error), "kind": type(error).__name__}
-    answer = from_first_rank(answer)
-    if failure is not None:
-        raise failure
-    if "error" in answer:
-        quiet = ResumeError(answer["error"]) if answer["kind"] == "ResumeError" else SftError(answer["error"])
-        quiet.said = True
-        raise quiet
-    return answer["result"]
-
-
-def check_ranks_agree(rank: int, facts: dict[str, Any]) -> None:
-    """Config, data and versions must be the same everywhere: told apart by rank, or nothing."""
-    everyone = gather(facts)
-    for other, theirs in enumerate(everyone):
-        different = sorted(key for key in facts if theirs.get(key) != everyone[0].get(key))
-        if different:
-            shown = "; ".join(f"{key}: {everyone[0][key]!r} on rank 0, {theirs[key]!r} here" for key in different)
-            error = DeviceError(f"rank {other} does not agree with rank 0: {shown}. Give all ranks the same files.")
-            error.said = rank != other
-            raise error
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What was decided about the run folder before a model is loaded."""
-
-    checkpoint: Path | None
-    state: RunState
-    is_done: bool
-
-
-def open_run(
-    loaded: LoadedConfig,
-    folder: RunFolder,
-    lock: RunLock,
-    *,
-    print_of_run: dict[str, Any],
-    total_steps: int,
-    fresh: bool,
-    allow_change: Sequence[str],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """On rank 0: the lock, the old run moved aside, the checkpoint to continue from, or what forbids it."""
-    if fresh and folder.path.exists():
-        with lock:
-            pass  # a live owner is named before anything moves
-        moved = folder.move_aside()
-        say(f"--fresh: the old run lies in {moved}")
-    check_writable(folder.path)
-    lock.acquire()
-    checkpoint = find_resumable(folder.checkpoints, say)
-    if checkpoint is None:
-        _refuse_strangers_files(folder)
-        return {"checkpoint": None, "state": RunState(0, fingerprint=print_of_run).as_dict(), "is_done": False}
-    state = RunState.from_dict(read_json(checkpoint / "state.json"))
-    consents = check_continuation(state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path))
-    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
-    ended = folder.read_status().get("state") == "done" and folder.final.is_dir()
-    stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
-    return {
-        "checkpoint": str(checkpoint),
-        "state": state.as_dict(),
-        "is_done": ended and (state.step >= total_steps or stopped_early),
-    }
-
-
-def _refuse_strangers_files(folder: RunFolder) -> None:
-    """A folder full of other things is not a run folder: nothing is written between a user's files."""
-    ours = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "data.json", "data_report.jsonl",
-            "checkpoints", "final", "report.html", "trackers", "serving.json"}  # fmt: skip
-    strangers = [p.name for p in folder.path.iterdir() if p.name not in ours and not p.name.startswith(".")]
-    if strangers and not folder.status.exists():
-        raise ResumeError(
-            f"run.dir: {folder.path} is no run folder: it holds {', '.join(sorted(strangers)[:5])}. "
-            "Choose an empty or new folder."
-        )
-
-
-def make_plan(config: Config, data: Prepared) -> Plan:
-    from sft.data.order import conversations_per_epoch
-
-    return plan(
-        conversations_per_epoch(data.train.repeats_C),
-        config.batch.examples,
-        config.train.epochs,
-        config.train.max_steps,
-    )
-
-
-def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
-    return fingerprint(
-        config, data_digest=data_digest(data.train), tokenizer_digest=bundle.digest, total_steps=total_steps
-    )
-
-
-def data_digest(split: Split) -> str:
-    """Of every token and weight that is trained on, in the order of the data."""
-    hasher = hashlib.sha256(split.repeats_C.tobytes())
-    for index in range(split.num_examples):
-        example = split.example(index)
-        hasher.update(np.ascontiguousarray(example.input_ids_T))
-        hasher.update(np.ascontiguousarray(example.weights_T))
-    return hasher.hexdigest()[:16]
 
 
 def open_session(

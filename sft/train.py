@@ -24,23 +24,22 @@ from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
 from sft.model import resolve_precision
+from sft.opening import (
+    Opening,
+    check_ranks_agree,
+    make_plan,
+    on_first_rank,
+    open_run,
+    pinned_date,
+    run_fingerprint,
+)
 from sft.optim import set_learning_rate
 from sft.preview import one_example
 from sft.resume import RunState
 from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
-from sft.session import (
-    Opening,
-    Session,
-    check_ranks_agree,
-    make_plan,
-    on_first_rank,
-    open_run,
-    open_session,
-    pinned_date,
-    run_fingerprint,
-)
+from sft.session import Session, open_session
 from sft.signals import StopRequest
 from sft.trackers import Trackers
 from sft.trainee import loss_sum
@@ -168,7 +167,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
             early = session.should_stop_early()
         if saved or early:
             watchdog.beat(f"saving at step {data.step}")
-            session.save()
+            session.save(is_last=stopping or early or data.step == total)
         session.store.poll()
         if stopping or early:
             break

@@ -32,7 +32,7 @@ FLOORS: dict[float, str] = {
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
     4.2: "picture",
-    4.5: "prepare batches sweepresults checkmachine checkview",
+    4.5: "prepare opening batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.5: "finish trouble trackers",
     6.0: "train sweep",

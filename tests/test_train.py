@@ -39,8 +39,8 @@ def trainer_losses(config: Path, model: Path, folder: Path) -> list[float]:
 
     from sft.batches import Join, StepFeed
     from sft.configfile import load_config
+    from sft.opening import make_plan
     from sft.prepare import prepare_data
-    from sft.session import make_plan
 
     loaded = load_config(config)
     _, data = prepare_data(loaded, lambda text: None)

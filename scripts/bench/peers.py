@@ -99,8 +99,8 @@ def prepare(arguments: argparse.Namespace, model: Path, work: Path) -> tuple[Pat
     """Our config, TRL's rows in the order in which our steps see them, and the median tokens of a step."""
     from sft.batches import Join, StepFeed
     from sft.configfile import load_config
+    from sft.opening import make_plan
     from sft.prepare import prepare_data
-    from sft.session import make_plan
 
     found = rows(arguments.data, 4 * arguments.examples * arguments.steps)
     ours = write_jsonl(work / "rows.jsonl", [conversation(row) for row in found])

@@ -36,6 +36,7 @@ def main(settings: dict[str, Any]) -> None:
             "per_device_train_batch_size": settings["examples"], "train_sampling_strategy": "sequential",
             "optim": "adamw_torch_fused",
         }  # fmt: skip
+        options["use_cpu"] = not torch.cuda.is_available()
         if best:
             options |= {
                 "packing": True, "max_length": settings["tokens_a_step"], "per_device_train_batch_size": 1,

@@ -1,0 +1,150 @@
+"""Before a model is loaded: ranks that agree, the run folder, its lock and newest checkpoint, the plan of steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sft.checkpoint import find_resumable
+from sft.config import Config
+from sft.data.order import conversations_per_epoch
+from sft.distributed import from_first_rank, gather
+from sft.durable import check_writable, read_json
+from sft.errors import DeviceError, ResumeError, SftError
+from sft.resume import RunState, check_continuation, fingerprint
+from sft.runfolder import RunFolder
+from sft.runlock import RunLock
+from sft.schedule import Plan, plan
+
+if TYPE_CHECKING:
+    from sft.configfile import LoadedConfig
+    from sft.data.loader import Prepared
+    from sft.data.store import Split
+    from sft.tokenizer import TokenizerBundle
+
+
+def pinned_date(folder: RunFolder, fresh: bool) -> str:
+    """The date that templates are told: the day this run began, so that a resumed run renders the same."""
+    if not fresh and folder.environment.exists():
+        recorded = read_json(folder.environment).get("date")
+        if recorded:
+            return str(recorded)
+    return date.today().isoformat()
+
+
+def on_first_rank(is_first: bool, action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0 and gives its plain result to all; its user error is raised on all, said once."""
+    answer: dict[str, Any] = {}
+    failure: SftError | None = None
+    if is_first:
+        try:
+            answer = {"result": action()}
+        except SftError as error:
+            failure, answer = error, {"error": str(error), "kind": type(error).__name__}
+    answer = from_first_rank(answer)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        quiet = ResumeError(answer["error"]) if answer["kind"] == "ResumeError" else SftError(answer["error"])
+        quiet.said = True
+        raise quiet
+    return answer["result"]
+
+
+def check_ranks_agree(rank: int, facts: dict[str, Any]) -> None:
+    """Config, data and versions must be the same everywhere: told apart by rank, or nothing."""
+    everyone = gather(facts)
+    for other, theirs in enumerate(everyone):
+        different = sorted(key for key in facts if theirs.get(key) != everyone[0].get(key))
+        if different:
+            shown = "; ".join(f"{key}: {everyone[0][key]!r} on rank 0, {theirs[key]!r} here" for key in different)
+            error = DeviceError(f"rank {other} does not agree with rank 0: {shown}. Give all ranks the same files.")
+            error.said = rank != other
+            raise error
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What was decided about the run folder before a model is loaded."""
+
+    checkpoint: Path | None
+    state: RunState
+    is_done: bool
+
+
+def open_run(
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    lock: RunLock,
+    *,
+    print_of_run: dict[str, Any],
+    total_steps: int,
+    fresh: bool,
+    allow_change: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """On rank 0: the lock, the old run moved aside, the checkpoint to continue from, or what forbids it."""
+    if fresh and folder.path.exists():
+        with lock:
+            pass  # a live owner is named before anything moves
+        moved = folder.move_aside()
+        say(f"--fresh: the old run lies in {moved}")
+    check_writable(folder.path)
+    lock.acquire()
+    checkpoint = find_resumable(folder.checkpoints, say)
+    if checkpoint is None:
+        _refuse_strangers_files(folder)
+        return {"checkpoint": None, "state": RunState(0, fingerprint=print_of_run).as_dict(), "is_done": False}
+    state = RunState.from_dict(read_json(checkpoint / "state.json"))
+    consents = check_continuation(state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path))
+    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
+    ended = folder.read_status().get("state") == "done" and folder.final.is_dir()
+    stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
+    return {
+        "checkpoint": str(checkpoint),
+        "state": state.as_dict(),
+        "is_done": ended and (state.step >= total_steps or stopped_early),
+    }
+
+
+def _refuse_strangers_files(folder: RunFolder) -> None:
+    """A folder full of other things is not a run folder: nothing is written between a user's files."""
+    ours = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "data.json", "data_report.jsonl",
+            "checkpoints", "final", "report.html", "trackers", "serving.json"}  # fmt: skip
+    strangers = [p.name for p in folder.path.iterdir() if p.name not in ours and not p.name.startswith(".")]
+    if strangers and not folder.status.exists():
+        raise ResumeError(
+            f"run.dir: {folder.path} is no run folder: it holds {', '.join(sorted(strangers)[:5])}. "
+            "Choose an empty or new folder."
+        )
+
+
+def make_plan(config: Config, data: Prepared) -> Plan:
+    return plan(
+        conversations_per_epoch(data.train.repeats_C),
+        config.batch.examples,
+        config.train.epochs,
+        config.train.max_steps,
+    )
+
+
+def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
+    return fingerprint(
+        config, data_digest=data_digest(data.train), tokenizer_digest=bundle.digest, total_steps=total_steps
+    )
+
+
+def data_digest(split: Split) -> str:
+    """Of every token and weight that is trained on, in the order of the data."""
+    hasher = hashlib.sha256(split.repeats_C.tobytes())
+    for index in range(split.num_examples):
+        example = split.example(index)
+        hasher.update(np.ascontiguousarray(example.input_ids_T))
+        hasher.update(np.ascontiguousarray(example.weights_T))
+    return hasher.hexdigest()[:16]
