@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -413,21 +414,20 @@ def test_a_damaged_store_is_prepared_again(here: Path, bundle: TokenizerBundle, 
     assert contents(run(bundle, "a.jsonl").path) == before
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """The disk takes only a kilobyte a file, as a full one would."""
+    """A disk that takes four kilobytes a file, as a full one would. No fixture: pytest may write to a file, too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(here: Path, bundle: TokenizerBundle, request: Any) -> None:
-    write_rows("a.jsonl", rows_of(200))
-    request.getfixturevalue("small_files")
-    with pytest.raises(DeviceError, match="no space left for prepared data in cache"):
+def test_a_full_disk_is_named_and_leaves_nothing(here: Path, bundle: TokenizerBundle) -> None:
+    write_rows("a.jsonl", rows_of(400))
+    with pytest.raises(DeviceError, match="no space left for prepared data in cache"), small_files():
         run(bundle, "a.jsonl")
     assert children() == []
 
