@@ -176,7 +176,11 @@ def _continue_adapter(model: Any, adapter: str, peft_model_type: Any, trained_dt
             "such as runs/x/final."
         )
     try:
-        peft_model = peft_model_type.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+        # The adapter's layers must have its own dtype when its weights are read: on a bfloat16 base, PEFT makes them
+        # bfloat16 unless it autocasts, and a resumed run would go on from rounded weights.
+        peft_model = peft_model_type.from_pretrained(
+            model, adapter, is_trainable=True, autocast_adapter_dtype=trained_dtype == torch.float32
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"model.adapter: {adapter!r} does not fit this model: {_first_line(error)} "

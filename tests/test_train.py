@@ -211,6 +211,32 @@ def test_qlora_trains_on_cpu_also_after_an_evaluation(tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_qlora_adapter_reloads_with_the_logits_it_was_saved_with(tmp_path: Path) -> None:
+    from sft.config import Lora, Quantization
+    from sft.evaluate import inference_mode_of
+    from sft.model import add_adapter, load_base
+
+    folder, ids = big_enough_for_nf4(tmp_path / "base"), torch.arange(20)[None]
+
+    def base() -> Any:
+        return load_base(str(folder), dtype=torch.bfloat16, quantization=Quantization(), device=torch.device("cpu"))
+
+    def logits(model: Any) -> torch.Tensor:
+        with inference_mode_of(model):
+            return model(input_ids=ids).logits
+
+    model = add_adapter(base(), Lora(rank=4, alpha=8), seed=0).train()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = add_adapter(base(), Lora(), seed=1, adapter=str(tmp_path / "adapter")).train()
+    assert torch.equal(logits(again), before)
+    assert not torch.equal(logits(add_adapter(base(), Lora(rank=4, alpha=8), seed=0).train()), before)
+
+
 def test_new_tokens_train_and_reload_with_an_adapter(tmp_path: Path) -> None:
     """A base model without ChatML tokens: they take spare rows, start from the end of text, and come back with LoRA."""
     from conftest import make_tokenizer
