@@ -318,6 +318,16 @@ def test_early_stopping_ends_a_run_that_is_then_complete(tmp_path: Path, model: 
     assert events(run)[-1]["step"] == steps
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_cut_run_in_mixed_precision_goes_on_exactly(tmp_path: Path, model: Path, tuning: str) -> None:
+    """Trained weights are float32 beside a bfloat16 base: a resumed run that rounded them would show here."""
+    config = write_config(tmp_path, model, model__tuning=tuning, model__precision="mixed", optim__schedule="constant")
+    whole = run_here(config, "optim.lr=1e-2")
+    run_here(config, f"run.dir={tmp_path}/cut", "optim.lr=1e-2", "train.max_steps=2")
+    cut = run_here(config, f"run.dir={tmp_path}/cut", "optim.lr=1e-2")
+    assert losses(cut) == losses(whole)
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_eight_bit_optimizer_resumes(tmp_path: Path, model: Path, name: str) -> None:
