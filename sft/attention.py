@@ -83,9 +83,6 @@ def flat_attention(
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window)
         return out[None], None
     attend = _attend_sdpa if softcap is None and s_aux is None else _attend_plain
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # split, not slices: the gradient of a slice is a whole row of zeros for every segment
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
     rows = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
@@ -103,6 +100,7 @@ def _attend_sdpa(
     short = query.shape[2] <= SHORT_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if short and dropout == 0.0:
         return _attend_short(query, key, value, mask, scale=scale)
+    key, value = _for_each_head(query, key, value)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=mask is None
     )
@@ -110,21 +108,33 @@ def _attend_sdpa(
 
 def _attend_short(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scale: float) -> Tensor:
     """Three plain products. On CPUs bfloat16 matrix kernels run them in less than half the time that the fused kernel
-    takes; the T * T shares that are kept for the backward pass are small for short segments."""
-    (heads, length, _), dtype = query.shape[1:], query.dtype
-    bias = _causal_bias(length, dtype) if visible is None else _bias(visible, dtype)
-    scores_HTT = torch.baddbmm(bias.expand(heads, -1, -1), query[0], key[0].transpose(1, 2), alpha=scale)
-    return torch.bmm(torch.softmax(scores_HTT, dim=-1), value[0])[None]
+    takes; the T * T shares that are kept for the backward pass are small for short segments. The queries of all heads
+    that share a key head (G of them) go into one product, so that nothing is repeated."""
+    (heads, length, size), dtype = query.shape[1:], query.dtype
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    bias_RT = _causal_bias(length, groups, dtype) if visible is None else _bias(visible, groups, dtype)  # R = G * T
+    query_KRD = query[0].reshape(kv_heads, groups * length, size)
+    scores_KRT = torch.baddbmm(bias_RT.expand(kv_heads, -1, -1), query_KRD, key[0].transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores_KRT, dim=-1), value[0]).view(1, heads, length, -1)
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated for every query head that shares them."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 @lru_cache(maxsize=64)
-def _causal_bias(length: int, dtype: torch.dtype) -> Tensor:
-    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), dtype)
+def _causal_bias(length: int, groups: int, dtype: torch.dtype) -> Tensor:
+    return _bias(torch.ones(length, length, dtype=torch.bool).tril(), groups, dtype)
 
 
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, T): 0 where visible, minus infinity elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+def _bias(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(G * T, T): 0 where visible, minus infinity elsewhere, the same for each of G groups."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf")).repeat(groups, 1)
 
 
 def _attend_plain(
@@ -140,6 +150,7 @@ def _attend_plain(
 ) -> Tensor:
     """Soft cap: cap * tanh(scores / cap). Sinks: one extra column of scores a head, dropped after the softmax."""
     length = query.shape[2]
+    key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -36,6 +36,8 @@ class Run(Section):
     """Decides the order of samples, dropout and new weights."""
     deterministic: bool = False
     """Bitwise repeatable on CUDA too, at some cost in speed. On CPU runs repeat anyway."""
+    threads: Auto | Positive = "auto"
+    """Of one process; on a CPU their number decides the last bits. auto: OMP_NUM_THREADS, else all cores."""
 
 
 class Lora(Section):

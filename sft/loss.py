@@ -80,36 +80,39 @@ class _LinearLossSum(torch.autograd.Function):
         weight = weight_VD.to(compute)
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         grad_hidden = torch.zeros_like(hidden_MD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_weight: Tensor | None = None
         rows = chunk_rows(weight.shape[0])
         with torch.autocast(hidden_MD.device.type, enabled=False):
             for start in range(0, len(targets_M), rows):
                 part = slice(start, start + rows)
-                hidden_mD, targets_m, weights_m = hidden_MD[part], targets_M[part], weights_M[part]
-                logits_mV = (hidden_mD @ weight.T).float()
-                lse_m1 = torch.logsumexp(logits_mV, dim=-1, keepdim=True)
-                picked_m = logits_mV.gather(1, targets_m[:, None])[:, 0]
-                total += ((lse_m1[:, 0] - picked_m) * weights_m).sum()
+                hidden_mD, targets_m1, weights_m = hidden_MD[part], targets_M[part, None], weights_M[part]
+                logs_mV = torch.log_softmax(hidden_mD @ weight.T, dim=-1, dtype=torch.float32)
+                total -= (logs_mV.gather(1, targets_m1)[:, 0] * weights_m).sum()
                 if not (needs_hidden or needs_weight):
                     continue
-                # d loss / d logits = w * (softmax - onehot), written over the logits
-                grad_mV = logits_mV.sub_(lse_m1).exp_()
-                grad_mV.scatter_add_(1, targets_m[:, None], torch.full_like(picked_m, -1.0)[:, None])
+                # d loss / d logits = w * (softmax - onehot), written over the logarithms
+                grad_mV = logs_mV.exp_()
+                grad_mV.scatter_add_(1, targets_m1, torch.full_like(targets_m1, -1, dtype=torch.float32))
                 grad_mV = grad_mV.mul_(weights_m[:, None]).to(compute)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad_mV @ weight
-                if grad_weight is not None:
-                    grad_weight += grad_mV.T @ hidden_mD
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                if needs_weight:
+                    product_VD = grad_mV.T @ hidden_mD
+                    # the sum over chunks is kept in the weight's own dtype
+                    grad_weight = (
+                        product_VD.to(weight_VD.dtype) if grad_weight is None else grad_weight.add_(product_VD)
+                    )
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD)
+        # Not saved for backward but held: backward scales them in place, since a copy of the head's gradient is a whole
+        # pass over memory. So a graph can be walked once only.
+        ctx.grads = (grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad_total,) = grads
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        (grad_total,), ready = grads, ctx.grads
+        assert ready is not None, "linear_loss_sum was walked backward twice"
+        ctx.grads = None
+        hidden, weight = (None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ready)
+        return hidden, weight, None, None

@@ -12,9 +12,9 @@ from sft.errors import ResumeError
 
 # Keys that may change between a run and its continuation: they move no weight.
 FREE_PREFIXES = (
-    "run.dir", "run.deterministic", "eval", "save", "log", "batch.micro_tokens", "model.attention", "model.compile",
-    "model.gradient_checkpointing", "train.early_stopping", "train.on_nonfinite", "train.max_nonfinite_skips",
-    "data.on_bad_row", "data.max_dropped",
+    "run.dir", "run.deterministic", "run.threads", "eval", "save", "log", "batch.micro_tokens", "model.attention",
+    "model.compile", "model.gradient_checkpointing", "train.early_stopping", "train.on_nonfinite",
+    "train.max_nonfinite_skips", "data.on_bad_row", "data.max_dropped",
 )  # fmt: skip
 LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.

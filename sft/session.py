@@ -211,6 +211,7 @@ def open_session(
     config, state = loaded.config, opening.state
     device = accelerator.device
     recorded = state.resolved
+    _set_threads(config, recorded, accelerator.num_processes)
     trainee, facts = setup.build_trainee(config, bundle, device=device, checkpoint=opening.checkpoint, say=say)
     trainee.train()  # before any forward pass: in evaluation mode, 4-bit layers repack their weights on some CPUs
     proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
@@ -257,6 +258,8 @@ def open_session(
         "micro_tokens": job.micro_tokens,
         "lr": peak,
         "stop_ids": list(bundle.stop_ids),
+        "processes": job.world,
+        "threads": torch.get_num_threads(),
     }
     if opening.checkpoint is not None:
         load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
@@ -270,6 +273,14 @@ def open_session(
         session.metrics.cut_after(state.step if opening.checkpoint else -1)
         _record(loaded, session, date_pinned)
     return session
+
+
+def _set_threads(config: Config, recorded: Mapping[str, Any], processes: int) -> None:
+    """Sums over another number of threads end in other bits, so what `auto` became is kept while the ranks are."""
+    if config.run.threads != "auto":
+        torch.set_num_threads(config.run.threads)
+    elif recorded.get("processes") == processes:
+        torch.set_num_threads(recorded["threads"])
 
 
 def _check_disk(session: Session) -> None:
@@ -294,6 +305,7 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
         "model.precision": job.resolved["precision"],
         "model.gradient_checkpointing": job.resolved["gradient_checkpointing"],
         "model.attention": "flat" if job.flat_rows else "padded",
+        **({"run.threads": job.resolved["threads"]} if job.device.type == "cpu" else {}),
     }
     write_text(folder.config, dump_config(loaded, resolved))
     environment = {

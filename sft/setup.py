@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from torch import nn
 from sft import attention, optim
 from sft.config import Config
 from sft.data.collate import flat, idle, to_device
+from sft.distributed import gather
 from sft.errors import ConfigError, DeviceError
+from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
 from sft.hush import hush_libraries
 from sft.isolation import compare, head_is_exact
 from sft.model import (
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 GROUP_TIMEOUT = timedelta(minutes=30)
+AUTO_SHARE = 0.85  # of the free memory: steps differ, and so do their gaps
 CPU_MICRO_TOKENS = 4096  # beyond a few thousand tokens a CPU's matrix products gain nothing
 
 
@@ -319,37 +323,47 @@ def choose_micro_tokens(job: Job, config: Config, longest: int, step_tokens: int
         return int(config.batch.micro_tokens)
     if job.device.type != "cuda":
         return max(longest, CPU_MICRO_TOKENS)
-    fits, tokens = longest, longest
-    base = torch.cuda.memory_allocated(job.device)
-    budget = 0.85 * (torch.cuda.mem_get_info(job.device)[0] + torch.cuda.memory_reserved(job.device)) - base
-    while tokens <= max(longest, step_tokens):
-        try:
-            used = _measured_bytes(job, tokens) - base
-        except torch.OutOfMemoryError:
-            break
-        fits = tokens
-        room = int(tokens * budget / max(used, 1))
-        if room < tokens * 2:
-            fits = max(longest, min(room, step_tokens)) if room > tokens else tokens
-            break
-        tokens *= 2
-    torch.cuda.empty_cache()
-    return fits
+    attempt = step_memory(job, config, longest)
+
+    def together(tokens: int) -> Used | None:
+        """A sharded model is run by all ranks, so all must go on to the same size."""
+        used = attempt(tokens)
+        everyone = gather(None if used is None else [used.bytes, used.share])
+        return None if None in everyone else Used(*max(everyone, key=lambda pair: float(pair[1])))
+
+    ceiling = max(longest, step_tokens)
+    if job.is_sharded:
+        fit = largest(together, floor=longest, ceiling=ceiling, share=AUTO_SHARE, seconds=math.inf)
+    else:
+        fit = largest(attempt, floor=longest, ceiling=ceiling, share=AUTO_SHARE)
+    release(job.device)
+    return fit.tokens if fit is not None else longest  # and the first step explains why that is too much
 
 
-def _measured_bytes(job: Job, tokens: int) -> int:
-    """Peak bytes of one forward and backward pass over `tokens` tokens, all of them trained."""
-    import numpy as np
+def step_memory(job: Job, config: Config, longest: int | None) -> StepMemory:
+    """Measures what a step takes with examples of `longest` tokens; None: with one example in a micro-batch."""
+    trained = [p for p in job.trainee.parameters() if p.requires_grad]
+    whole = optimizer_bytes(config.optim.type, sum(map(local_bytes, trained)), sum(p.numel() for p in trained))
+    return StepMemory(
+        job.trainee,
+        job.device,
+        job.flat_rows,
+        longest,
+        missing_bytes=max(0, whole - bytes_in_use(job)[2]),
+        passes=1 if job.world > 1 and not job.is_sharded else 2,  # DDP's gradients have their place already
+        through=job.module if job.is_sharded else None,
+    )
 
-    from sft.types import Example
 
-    torch.cuda.reset_peak_memory_stats(job.device)
-    pieces = [min(512, tokens - start) for start in range(0, tokens, 512)]
-    examples = [Example(np.ones(n, np.int32), np.ones(n, np.float32), "measure") for n in pieces if n > 1]
-    loss = loss_sum(job.module, job.trainee, to_device(flat(examples), job.device))
-    job.accelerator.backward(loss * 0)
-    job.module.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(job.device)
+def bytes_in_use(job: Job) -> tuple[int, int, int]:
+    """Weights, gradients while a step is at work, optimizer state; on this rank."""
+    parameters = list(job.trainee.parameters())
+    states = (value for entries in job.optimizer.state.values() for value in entries.values())
+    return (
+        sum(map(local_bytes, parameters)),
+        sum(local_bytes(p) for p in parameters if p.requires_grad),
+        sum(local_bytes(value) for value in states if isinstance(value, torch.Tensor)),
+    )
 
 
 def build_optimizer(config: Config, trainee: Trainee, lr: float) -> torch.optim.Optimizer:

@@ -5,7 +5,6 @@ Nothing here knows tokens. `render` gives what `apply_chat_template(tokenize=Fal
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from sft.errors import SftError, TemplateError
 
@@ -65,6 +64,14 @@ def pin_clock(template: str, now: datetime) -> str:
 
 
 @dataclass(frozen=True)
+class MarkedText:
+    """A rendered text. `marks`: [start, end) of what the template marks as generated; None where it has no markers."""
+
+    text: str
+    marks: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """A template, the one for conversations with tools where the model has two, and the variables both are given."""
 
@@ -86,6 +93,19 @@ class ChatTemplate:
 
         `template` renders another text in its place, with the same variables.
         """
+        return self._rendered(conversations, tools, generation_prompt, template, marks=False)[0]
+
+    def render_marked(
+        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[MarkedText]:
+        """`render` without a generation prompt, with what stands in `{% generation %}` blocks. Raises TemplateError."""
+        texts, marks = self._rendered(conversations, tools, False, None, marks=True)
+        return [MarkedText(text, tuple(sorted(found))) for text, found in zip(texts, marks, strict=True)]
+
+    def _rendered(
+        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]], generation_prompt: bool,
+        template: str | None, *, marks: bool,
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:  # fmt: skip
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = template or (self.with_tools if tools else self.text)
@@ -97,6 +117,7 @@ class ChatTemplate:
                 tools=list(map(dict, tools)) or None,
                 chat_template=template,
                 add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=marks,
                 **self.variables,
             )
         except (TemplateError, TemplateTimeout):
@@ -107,7 +128,7 @@ class ChatTemplate:
         for text in texts:
             if len(text) > MAX_CHARACTERS:
                 raise TemplateError(f"the template renders {len(text)} characters, more than {MAX_CHARACTERS} allowed")
-        return texts
+        return texts, rendered[1]
 
 
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,5 +201,20 @@ def own_constants(node: Any) -> list[Any]:
     return [node] if isinstance(node, nodes.Const) else list(node.find_all(nodes.Const))
 
 
-def has_generation_markers(template: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+def generation_markers(template: str) -> Literal["absent", "placed", "unplaced"]:
+    """Whether a template has `{% generation %}` markers, and whether transformers can say where they stand.
+
+    It counts the characters written before a marker, which is wrong where they are still held back: in macros, in
+    `set` and `filter` blocks, in recursive loops, within another marker.
+    """
+    from jinja2 import nodes
+
+    def seen(node: Any, straight: bool) -> Iterator[bool]:
+        for child in node.iter_child_nodes():
+            if isinstance(child, nodes.Scope):
+                yield straight
+            kept = isinstance(child, nodes.If | nodes.With) or (isinstance(child, nodes.For) and not child.recursive)
+            yield from seen(child, straight and kept)
+
+    found = list(seen(parse(template), True))
+    return "absent" if not found else "placed" if all(found) else "unplaced"

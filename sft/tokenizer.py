@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import ModelError, TemplateError, did_you_mean
-from sft.templating import ChatTemplate, deadline, parse, pin_clock
+from sft.templating import ChatTemplate, deadline, generation_markers, parse, pin_clock
 
 BUILT_IN = ("chatml", "zephyr", "tulu")
 NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
@@ -161,6 +161,11 @@ def chat_template(
         texts.append(pin_clock(text, now))
     if texts[0] != tokenizer.get_chat_template():
         notes.append(f"the template reads the clock: its date is pinned to {now.date().isoformat()} for this run")
+    if "unplaced" in map(generation_markers, texts):
+        notes.append(
+            "the template's generation markers stand where their places cannot be told (in a macro, a set block or "
+            "another marker), and are not used: answers are trained whole"
+        )
     variables = {**tokenizer.special_tokens_map, **template_args}
     return ChatTemplate(texts[0], texts[1], variables)
 

@@ -40,6 +40,7 @@ from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
 from sft.session import Session, open_session
+from sft.shortage import loading_explained
 from sft.signals import StopRequest
 from sft.trackers import Trackers
 from sft.trainee import loss_sum
@@ -107,30 +108,32 @@ def _train(
             failures_noted(folder),
             Console(enabled=is_first, total_steps=plan.total_steps, first_step=opening.state.step) as console,
         ):
-            session = open_session(
-                loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
-            )
+            with loading_explained(config, accelerator.device):
+                session = open_session(
+                    loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
+                )
             _introduce(session, opening, str(loaded.path))
             with (
-                trouble_explained(session),
                 Watchdog(
                     STALL_SECONDS,
                     lambda: f"rank {rank}, after step {session.state.step}",
                     lambda reason: note_failure(folder, EXIT_FAILED, reason),
                 ) as watchdog,
+                trouble_explained(session, watchdog),
+                Trackers(session) as trackers,
             ):
-                code = _loop(session, stop, watchdog, console.step)
+                code = _loop(session, stop, watchdog, trackers, console.step)
         leave()
         return code
     finally:
         lock.release()
 
 
-def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) -> int:
+def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Trackers, show: Any) -> int:
     """Evaluate at step 0, then step, log, evaluate, save, until the plan ends or all ranks agree to stop."""
     config, job, plan = session.config, session.job, session.job.plan
     total = plan.total_steps
-    trackers, stopping = Trackers(session), False
+    stopping = False
     if data_has_eval(session) and session.state.step == 0 and 0 not in session.scores("eval.loss"):
         watchdog.beat("evaluating before the first step")
         stopping = not _evaluate(session, trackers, stop)
@@ -176,7 +179,6 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, show: Any) ->
         return _stopped(session, stop)
     wait_for_all()
     watchdog.beat("finishing", timeout_s=4 * STALL_SECONDS)
-    trackers.finish()
     finish(session, reason="early stopping" if early else "")
     return EXIT_DONE
 
@@ -319,9 +321,10 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
     job, plan = session.job, session.job.plan
     facts = job.resolved
     begin = f"resuming after step {opening.state.step}" if opening.state.step else "training"
+    threads = f", {facts['threads']} thread{'s' * (facts['threads'] > 1)}" if job.device.type == "cpu" else ""
     session.say(
         f"{begin}: {plan.total_steps} steps of {session.config.batch.examples} conversations on {job.world} "
-        f"process{'es' if job.world > 1 else ''} ({job.device.type}), {facts['trained_parameters']:,} of "
+        f"process{'es' if job.world > 1 else ''} ({job.device.type}{threads}), {facts['trained_parameters']:,} of "
         f"{facts['parameters']:,} parameters, {facts['precision']}, lr {job.peak_lr:g}, "
         f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
     )

@@ -42,6 +42,9 @@ class Trainee(nn.Module):
         self.transform = logit_transform(self.causal.config.get_text_config())
         # A hook, so that models which scale their embeddings or read ids twice keep doing so.
         self.causal.get_input_embeddings().register_forward_hook(self._on_embeddings)
+        for module in self.causal.modules():
+            if any(parameter.ndim == 1 for parameter in module.parameters(recurse=False)) and not hasattr(module, "bias"):
+                module.register_forward_hook(self._on_norm)
         self._noise_lengths: tuple[int, ...] | None = None
 
     def forward(
@@ -108,6 +111,12 @@ class Trainee(nn.Module):
             output.to(self.compute_dtype) if self.autocast and torch.is_autocast_enabled(output.device.type) else output
         )
 
+    def _on_norm(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """A norm whose weight is kept in float32 answers in float32. One cast here spares every linear layer that
+        reads it one of its own, and the copies that those keep for their backward passes."""
+        widened = self.autocast and isinstance(output, torch.Tensor) and output.dtype == torch.float32
+        return output.to(self.compute_dtype) if widened and inputs[0].dtype == self.compute_dtype else output
+
     @contextmanager
     def noise_for(self, lengths: tuple[int, ...]) -> Iterator[None]:
         """NEFTune needs the lengths of the examples in a row: noise shrinks with length."""
@@ -118,7 +127,9 @@ class Trainee(nn.Module):
             self._noise_lengths = None
 
 
-def loss_sum(module: nn.Module, trainee: Trainee, batch: Batch, score: Score | None = None) -> torch.Tensor:
+def loss_sum(
+    module: Callable[..., torch.Tensor], trainee: Trainee, batch: Batch, score: Score | None = None
+) -> torch.Tensor:
     """Runs `batch` (on its device) through `module`, which is `trainee` or a wrapper of it (DDP, FSDP)."""
     with trainee.noise_for(batch.segment_lengths):
         loss: torch.Tensor = module(

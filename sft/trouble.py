@@ -5,51 +5,33 @@ from __future__ import annotations
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from sft.data.collate import flat, to_device
 from sft.distributed import gather
 from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
-from sft.space import human
-from sft.trainee import loss_sum
-from sft.types import Example
+from sft.shortage import shortage_explained
+from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sft.batches import StepData
-    from sft.config import Config
     from sft.session import Session
-    from sft.setup import Job
 
-_CPU_MEMORY = re.compile(r"(?i)DefaultCPUAllocator|can't allocate memory|cannot allocate memory")
 # What gloo and NCCL say when the other end of a connection goes away.
 _CONTACT = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited|socket (error|closed)")
-_SMALLEST = 64
 
 
 @contextmanager
-def trouble_explained(session: Session) -> Iterator[None]:
+def trouble_explained(session: Session, watchdog: Watchdog) -> Iterator[None]:
     """Memory that ran out, and ranks that end because another did, in words. A save under way is let finish."""
-    job, longest = session.job, int(session.data.train.lengths_E.max())
-    failure: DeviceError | None = None
     try:
-        with told_apart(job.rank, job.world):
-            try:
-                yield
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
-                failure = DeviceError(str(error).splitlines()[0])
-            if failure is not None:
-                raise out_of_memory(job, session.config, step=session.state.step + 1, longest=longest) from failure
+        with told_apart(session.job.rank, session.job.world), shortage_explained(session, watchdog):
+            yield
     finally:
         if unsaved := session.store.settle():
             session.say(f"the checkpoint that was being saved failed as well: {unsaved}")
@@ -139,79 +121,3 @@ def told_apart(rank: int, world: int) -> Iterator[None]:
 def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because its peer went away."""
     return isinstance(error, torch.distributed.DistError) or _CONTACT.search(str(error)) is not None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
-    )
-
-
-def out_of_memory(job: Job, config: Config, *, step: int, longest: int) -> DeviceError:
-    """What used the memory, the micro-batch that fits, what else would help. `longest`: tokens of an example."""
-    job.optimizer.zero_grad(set_to_none=True)
-    weights, gradients, states = _bytes_in_use(job)
-    fits, how = _micro_tokens_that_fit(job, longest)
-    size = human(torch.cuda.get_device_properties(job.device).total_memory) if job.device.type == "cuda" else "memory"
-    advice = []
-    if fits is not None:
-        advice.append(f"batch.micro_tokens={fits} ({how}; a step keeps its {config.batch.examples} conversations)")
-    if job.micro_tokens <= longest or fits is None:
-        advice.append(f"data.max_tokens below {longest}, the longest example")
-    advice += [text for is_open, text in _switches(job, config) if is_open]
-    tokens = max(job.micro_tokens, longest)
-    return DeviceError(
-        f"step {step}, rank {job.rank}: out of memory: a micro-batch of up to {tokens:,} tokens did not fit into the "
-        f"{size} of {job.device} beside weights {human(weights)}, gradients {human(gradients)} and optimizer "
-        f"{human(states)}. Any of these helps: {'; '.join(advice)}. The same command resumes."
-    )
-
-
-def _switches(job: Job, config: Config) -> list[tuple[bool, str]]:
-    tuning = config.model.tuning
-    return [
-        (not job.resolved.get("gradient_checkpointing", False), "model.gradient_checkpointing=true"),
-        (config.optim.type == "adamw" and tuning == "full", "optim.type=adamw_8bit"),
-        (tuning == "full", "model.tuning=lora in a new run"),
-        (tuning != "qlora", "model.tuning=qlora in a new run"),
-        (not job.is_sharded and job.device.type == "cuda", "more GPUs with FSDP (configs/accelerate/fsdp2.yaml)"),
-    ]
-
-
-def _bytes_in_use(job: Job) -> tuple[int, int, int]:
-    """Weights, gradients while a step is at work, optimizer state; on this rank."""
-    parameters = list(job.trainee.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    states = sum(
-        value.numel() * value.element_size()
-        for entries in job.optimizer.state.values()
-        for value in entries.values()
-        if isinstance(value, torch.Tensor)
-    )
-    return weights, gradients, states
-
-
-def _micro_tokens_that_fit(job: Job, longest: int) -> tuple[int | None, str]:
-    """Halves until a pass fits, measured where that is safe: on a GPU, and without other ranks in the model."""
-    tokens = job.micro_tokens // 2
-    if job.device.type != "cuda" or job.is_sharded:
-        return (tokens, "half of now") if tokens >= _SMALLEST else (None, "")
-    while tokens >= max(_SMALLEST, longest // 2):
-        try:
-            _pass(job, tokens, longest)
-        except torch.OutOfMemoryError:
-            tokens //= 2
-            continue
-        finally:
-            job.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-        return tokens, "measured to fit"
-    return None, ""
-
-
-def _pass(job: Job, tokens: int, longest: int) -> None:
-    """Forward and backward over `tokens` tokens, all trained, past any wrapper that would wait for other ranks."""
-    pieces = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    examples = [Example(np.ones(n, np.int32), np.ones(n, np.float32), "measure") for n in pieces if n > 1]
-    loss_sum(job.trainee, job.trainee, to_device(flat(examples), job.device)).backward()  # type: ignore[no-untyped-call]

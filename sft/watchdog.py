@@ -59,6 +59,11 @@ class Watchdog:
             self._thread.join()
             self._thread = None
 
+    @property
+    def phase(self) -> str:
+        """What the process is at, in words."""
+        return self._phase
+
     def beat(self, phase: str, *, waiting: bool = False, timeout_s: float | None = None) -> None:
         """`phase` begins now. `waiting`: for other ranks. `timeout_s`: for a phase that may take longer."""
         allowed = timeout_s or self._timeout_s

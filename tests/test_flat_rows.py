@@ -150,13 +150,14 @@ def test_control_a_head_that_scales_in_secret_is_caught() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_short_segments_in_half_precision_equal_the_fused_kernel(window: int | None) -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_short_segments_in_half_precision_equal_the_fused_kernel(window: int | None, kv_heads: int) -> None:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 4, 33, 8, requires_grad=True) for _ in range(3))
+    query, key, value = (torch.randn(1, heads, 33, 8, requires_grad=True) for heads in (6, kv_heads, kv_heads))
     visible = attention._window_mask(33, window, CPU)
     short = attention._attend_short(query, key, value, visible, scale=0.3)
     fused = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, is_causal=visible is None, scale=0.3
+        query, key, value, attn_mask=visible, is_causal=visible is None, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(short, fused, rtol=1e-5, atol=1e-6)
     grads = torch.autograd.grad(short.sin().sum(), (query, key, value))

@@ -19,21 +19,22 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 # them. 4: prepared data. 5: a command each. 6: the loop and the sweep. 7: the command line.
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets",
-    0.5: "yamltree durable pickles signals space watchdog templating launch keeper "
+    0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.2: "configkeys unread schedule resume hub",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.passage data.outcome tokenizer gguf optim checkpoint trainee generate modelcard "
+    "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage",
-    2.5: "data.sources data.formats data.render data.ledger model memory isolation sweepfile",
+    2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
     4.2: "picture",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
+    5.2: "shortage",
     5.5: "finish trouble trackers",
     6.0: "train sweep",
     7.0: "__main__",

@@ -21,7 +21,7 @@ from sft.data.encode import Encoder, EncodeSettings
 from sft.data.locality import NotLocal, local_template, prove
 from sft.data.render import Renderer, message_dicts
 from sft.errors import TemplateError
-from sft.templating import has_generation_markers
+from sft.templating import generation_markers
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation
 
@@ -112,7 +112,7 @@ def test_tokens_that_merge_across_the_boundary_part_a_conversation(bundles: Any)
 def test_generation_markers_agree(bundles: Any, file: Path) -> None:
     """Where a template marks what is generated, its mask is ours but for the first row of merged tokens."""
     bundle = bundles(file)
-    if not has_generation_markers(bundle.chat.text):
+    if generation_markers(bundle.chat.text) == "absent":
         return
     for name in ("one_turn", "two_turns", "many_turns", "system_prompt", "emoji_and_rtl"):
         sample = SHAPES[name]
@@ -281,7 +281,7 @@ def compare_with_markers(bundle: TokenizerBundle) -> None:
     Left out are tool calls, since Gemma 4 stops at the token that begins a tool result, which its markers do not hold,
     and emoji, since transformers maps a character of several tokens to the first of them.
     """
-    if not has_generation_markers(bundle.chat.text if bundle.chat else ""):
+    if generation_markers(bundle.chat.text if bundle.chat else "") == "absent":
         return
     for name, sample in SHAPES.items():
         encoded = Encoder(bundle, EncodeSettings()).encode(sample)

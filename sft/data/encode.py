@@ -15,6 +15,7 @@ import numpy as np
 
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
+from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
     Encoded,
@@ -29,12 +30,11 @@ from sft.data.outcome import (
     too_long,
 )
 from sft.data.passage import passage_ids
-from sft.data.proof import AnswerCheck, Decoder, Refusal, check_characters, left_out, shown
-from sft.data.render import Dicts, Renderer, Turn, message_dicts
+from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
+from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
 from sft.errors import DataError, TemplateError
-from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
-from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
-from sft.types import Conversation, Example, Note, Passage, Rendered, Sample, Span
+from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
+from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
 
 if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
@@ -52,12 +52,18 @@ class Work:
     tools: Sequence[Mapping[str, Any]]
     weights: tuple[float, ...]
     trained: tuple[int, ...]
-    whole: str
+    rendered: MarkedText
     marked: bool
     spelled: dict[str, int]
     ids: list[int] = field(default_factory=list)
+    untrained: dict[int, list[Stretch]] = field(default_factory=dict)
+    """By message, what the template's markers leave out of its answer."""
     turns: list[Turn] = field(default_factory=list)
     """Set where one sequence holds them all."""
+
+    @property
+    def whole(self) -> str:
+        return self.rendered.text
 
 
 class Encoder:
@@ -72,38 +78,11 @@ class Encoder:
         texts = dict.fromkeys((chat.text, chat.with_tools))
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
-        self.renderer = Renderer(chat, self.answer_check())
+        check = answer_check(bundle, chat, self.control.everywhere, allow=settings.control_tokens_in_text == "allow")
+        self.renderer = Renderer(chat, check)
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS
-
-    def answer_check(self) -> AnswerCheck:
-        """What a small conversation tells about the template: its headers, whether it knows generation prompts."""
-        chat, stops = self.bundle.chat, self.tokenizer.convert_ids_to_tokens(list(self.bundle.stop_ids))
-        assert chat is not None
-        with deadline(RENDER_SECONDS, "the chat template"):
-            alone, followed = probe(chat)
-            question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
-            own_header, supplied = "", ""
-            try:
-                plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
-                if prompt == plain and alone.startswith(plain):
-                    own_header = alone[len(plain) : alone.rindex(PROBE_ANSWER)]
-                elif prompt.startswith(plain):
-                    supplied = prompt[len(plain) :]
-            except TemplateError:
-                pass  # a template that wants a system message first; each row checks its own turns
-        between = followed[followed.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].partition(PROBE_NEXT)[0]
-        for stop in stops:
-            between = between.rpartition(stop)[2]
-        header = between.strip()
-        return AnswerCheck(
-            stops, self.control.everywhere, closes=self.bundle.closes, tail=self.bundle.tail,
-            headers=[header] if self.control.everywhere.search(header) else [],
-            own_header=own_header if self.control.everywhere.search(own_header) else "",
-            supplied=supplied if self.control.everywhere.search(supplied) else "",
-            allow=self.settings.control_tokens_in_text == "allow",
-        )  # fmt: skip
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_many([sample])[0]
@@ -154,9 +133,11 @@ class Encoder:
             if fault is not None and work.turns:
                 row = [self.apart(work, turn) for turn in work.turns]
                 fault = next(iter(self.disproved(row).values()), None)
+            if fault is None:
+                return self.close(work, row, notes)
         except Refusal as refusal:
             fault = refusal
-        return refused(work.sample.source, fault, self.settings) if fault else self.close(work, row, notes)
+        return refused(work.sample.source, fault, self.settings)
 
     def encode_passage(self, sample: Passage) -> Encoded:
         """A row without a template. Raises Refusal."""
@@ -205,7 +186,9 @@ class Encoder:
             except DataError as error:
                 raise Refusal("control_tokens", str(error)) from error
         whole = self.renderer.whole(messages, tools)
-        check_characters(unmark(whole) if spelled else whole)
+        check_characters(unmark(whole.text) if spelled else whole.text)
+        if whole.marks is not None and trained:
+            check_marked(whole, messages)
         return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
 
     def altered(self, work: Work) -> list[Note]:
@@ -241,17 +224,19 @@ class Encoder:
         if settings.train_on == "all":
             return self.whole_piece(work)
         if len(work.ids) > limit and len(work.trained) > LONG_CHAT and settings.over_long != "truncate":
-            last = next(self.renderer.turns(work.messages, work.tools, work.trained[-1:], work.whole))
-            if len(piece := self.apart(work, last).rendered.input_ids) > limit:
+            last = next(self.renderer.turns(work.messages, work.tools, work.trained[-1:], work.rendered))
+            if self.by_markers(work, last, []) and len(piece := self.apart(work, last).rendered.input_ids) > limit:
                 raise TooLong(len(piece))
         turns: list[Turn] = []
         spans: list[Span] = []
         together = True
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
-        for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.whole):
-            turns.append(turn)
+        for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
             if not notes and left_out(work.messages[turn.message], turn.answer):
                 notes.append(reasoning_note(work.sample.source, turn.message))
+            if not self.by_markers(work, turn, notes):
+                continue
+            turns.append(turn)
             span = self.span(work, turn, cuts) if together else None
             if span is None:
                 together = False
@@ -259,10 +244,23 @@ class Encoder:
                 spans.append(span)
             if settings.over_long == "truncate" and self.prompt_length(turn, span) >= limit:
                 break  # later prompts hold more messages still
+        if not turns:
+            raise Refusal("nothing_trained", UNMARKED)
         if together:
             work.turns = turns
             return [Piece(Rendered(tuple(work.ids), tuple(spans)), tuple(unmark(turn.answer) for turn in turns))]
         return [self.apart(work, turn) for turn in turns]
+
+    def by_markers(self, work: Work, turn: Turn, notes: list[Note]) -> bool:
+        """Whether the template's own markers, if any, let this turn be trained; what they leave out of it is kept."""
+        if turn.marking is None:
+            return True
+        stop = self.renderer.check.stop_of(turn.answer) if turn.closed else ""
+        verdict = marked_turn(turn.marking, turn.answer, stop, turn.message, work.sample)
+        notes += [note for note in verdict.notes if note.reason not in {other.reason for other in notes}]
+        if verdict.untrained:
+            work.untrained[turn.message] = verdict.untrained
+        return verdict.trained
 
     def prompt_length(self, turn: Turn, span: Span | None) -> int:
         return span.start if span is not None else len(self.ids(turn.prompt))
@@ -370,11 +368,7 @@ class Encoder:
             return too_long(source, longest, self.settings)
         examples, cut = [], 0
         for number, piece in enumerate(pieces):
-            weights_T = (
-                np.ones(len(piece.rendered.input_ids), dtype=np.float32)
-                if self.settings.train_on == "all"
-                else token_weights(piece.rendered, work.weights)
-            )
+            weights_T = self.weights(work, piece)
             ids_T = np.asarray(piece.rendered.input_ids, dtype=np.int32)
             cut += int(np.count_nonzero(weights_T[limit:]) > 0)
             if np.count_nonzero(weights_T[:limit]):
@@ -385,6 +379,19 @@ class Encoder:
         if cut:
             notes = [*notes, cut_note(source, longest, limit)]
         return Encoded(tuple(examples), tuple(notes))
+
+    def weights(self, work: Work, piece: Piece) -> Float32Array:
+        """Weight of each token (T,). Raises Refusal where it cannot be told which tokens the markers leave out."""
+        rendered = piece.rendered
+        if self.settings.train_on == "all":
+            return np.ones(len(rendered.input_ids), dtype=np.float32)
+        weights_T = token_weights(rendered, work.weights)
+        for span, text in zip(rendered.spans, piece.texts, strict=True):
+            if stretches := work.untrained.get(span.message):
+                ids = rendered.input_ids[span.start : span.end]
+                for first, last in token_ranges(ids, text, stretches, self.decoder):
+                    weights_T[span.start + first : span.start + last] = 0
+        return weights_T
 
     def over_by_trained(self, pieces: Sequence[Piece]) -> bool:
         """Whether a trained token lies beyond the limit; context behind the last trained turn is no loss."""

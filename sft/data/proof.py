@@ -193,6 +193,10 @@ class AnswerCheck:
             )
         return self.to_content_end(message, rendered), ""
 
+    def stop_of(self, answer: str) -> str:
+        """The stop token with which a closed answer ends."""
+        return next(match.group() for match in self.stop.finditer(answer) if match.end() == len(answer))
+
     def count_stops(self, answer: str) -> int:
         """Stop tokens that the template wrote into an answer: one, or more where control tokens are allowed."""
         return sum(1 for _ in self.stop.finditer(answer))

@@ -9,16 +9,22 @@ template provably writes its messages one after another (`locality`): then one r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
+from sft.data.markers import Marking, marking
 from sft.data.proof import AnswerCheck, Refusal, shown
 from sft.errors import TemplateError
-from sft.templating import ChatTemplate
+from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
+from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
 from sft.types import Message
+
+if TYPE_CHECKING:
+    from sft.tokenizer import TokenizerBundle
 
 CHUNK = 16  # turns rendered at a time, so that a long chat can stop early
 FEW = 4  # turns up to which rendering each is cheaper than finding out what follows the last message
@@ -32,7 +38,7 @@ Tools = Sequence[Mapping[str, Any]]
 class Turn:
     """One trained turn as text. `prompt_end`: where the prompt ends in the whole text, None where it isn't its start.
 
-    `closed`: the answer ends with a stop token that the template wrote.
+    `closed`: the answer ends with a stop token that the template wrote. `marking`: None where there are no markers.
     """
 
     message: int
@@ -41,6 +47,7 @@ class Turn:
     own_prompt: str | None
     answer: str
     closed: bool
+    marking: Marking | None = None
 
     @property
     def prompt(self) -> str:
@@ -68,17 +75,24 @@ class Renderer:
         plain = local_template(chat.text)
         with_tools = plain if chat.with_tools == chat.text else local_template(chat.with_tools)
         self.local: tuple[Local | None, Local | None] = (plain, with_tools)
+        self.marked = tuple(generation_markers(text) == "placed" for text in (chat.text, chat.with_tools))
 
-    def whole(self, messages: Dicts, tools: Tools) -> str:
+    def ended(self, conversations: Sequence[Dicts], tools: Tools) -> list[MarkedText]:
+        """Conversations without a generation prompt, with what the template marks as generated."""
+        if self.marked[bool(tools)]:
+            return self.chat.render_marked(conversations, tools)
+        return [MarkedText(text) for text in self.chat.render(conversations, tools, generation_prompt=False)]
+
+    def whole(self, messages: Dicts, tools: Tools) -> MarkedText:
         """The text of the conversation. Raises Refusal with the template's own objection."""
         if not messages:
             raise Refusal("bad_row", "the conversation has no messages")
         try:
-            return self.chat.render([messages], tools, generation_prompt=False)[0]
+            return self.ended([messages], tools)[0]
         except TemplateError as error:
             raise Refusal("template", f"the chat template refuses the conversation: {error}") from error
 
-    def turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> Iterator[Turn]:
+    def turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText) -> Iterator[Turn]:
         """The trained turns in order, rendered as they are asked for. Raises Refusal."""
         if trained[:1] == (0,):
             raise Refusal(
@@ -91,7 +105,7 @@ class Renderer:
         except TemplateError as error:
             raise Refusal("template", f"the chat template refuses a beginning of the conversation: {error}") from error
 
-    def found_turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> Iterator[Turn]:
+    def found_turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText) -> Iterator[Turn]:
         """From one rendering where the template allows it; on the first rows from all of them as well, to be sure."""
         local = self.local[bool(tools)]
         if local is None or not local.fits(messages) or not (local.constant or len(trained) > FEW):
@@ -110,7 +124,7 @@ class Renderer:
         yield from self.each_rendered(messages, tools, early, whole)
         yield from found
 
-    def each_rendered(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str) -> Iterator[Turn]:
+    def each_rendered(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText) -> Iterator[Turn]:
         """Every prompt and every answer rendered for itself: right for any template."""
         for first in range(0, len(trained), CHUNK):
             chunk = trained[first : first + CHUNK]
@@ -118,35 +132,39 @@ class Renderer:
             prompts = self.chat.render([messages[:k] for k in chunk], tools, generation_prompt=True)
             ends = dict.fromkeys(chunk, whole)
             if inner:
-                ended = self.chat.render([messages[: k + 1] for k in inner], tools, generation_prompt=False)
-                ends.update(zip(inner, ended, strict=True))
+                ends.update(zip(inner, self.ended([messages[: k + 1] for k in inner], tools), strict=True))
             for k, prompt in zip(chunk, prompts, strict=True):
-                if not ends[k].startswith(prompt):
-                    raise self.not_after(k, prompt, ends[k])
-                starts = whole.startswith(prompt)
-                answer, closed = self.answer(messages, k, ends[k][len(prompt) :])
-                yield Turn(k, whole, len(prompt) if starts else None, None if starts else prompt, answer, closed)
+                ended = ends[k].text
+                if not ended.startswith(prompt):
+                    raise self.not_after(k, prompt, ended)
+                end = len(prompt)
+                starts = whole.text.startswith(prompt)
+                answer, closed = self.answer(messages, k, ended[end:])
+                found = whole if starts and whole.text.startswith(answer, end) else ends[k]
+                own = None if starts else prompt
+                yield Turn(k, whole.text, end if starts else None, own, answer, closed, marking(found, end, answer))
 
     def one_by_one(
-        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str, local: Local
+        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText, local: Local
     ) -> list[Turn] | None:
         """All turns from one rendering of the marked template; None where that doesn't bear out for this row."""
-        starts = self.starts(messages, tools, whole, local)
+        starts = self.starts(messages, tools, whole.text, local)
         if starts is None:
             return None
-        ends = self.ends_of_text(messages, tools, trained, whole, starts, local)
+        ends = self.ends_of_text(messages, tools, trained, whole.text, starts, local)
         if ends is None:
             return None
         opening, closing = ends
         turns = []
+        text = whole.text
         for k in trained:
             last = k + 1 == len(starts)
-            end = len(whole) if last else starts[k + 1]
+            end = len(text) if last else starts[k + 1]
             start = starts[k] + len(opening)
-            if start > end or not whole.startswith(opening, starts[k]):
+            if start > end or not text.startswith(opening, starts[k]):
                 return None
-            answer, closed = self.answer(messages, k, whole[start:end] + ("" if last else closing))
-            turns.append(Turn(k, whole, start, None, answer, closed))
+            answer, closed = self.answer(messages, k, text[start:end] + ("" if last else closing))
+            turns.append(Turn(k, text, start, None, answer, closed, marking(whole, start, answer)))
         return turns
 
     def starts(self, messages: Dicts, tools: Tools, whole: str, local: Local) -> list[int] | None:
@@ -212,3 +230,31 @@ class Renderer:
             f"message {k} cannot follow its generation prompt: the served prompt goes on with {shown(prompt[same:])} "
             f"where the template renders the turn with {shown(ended[same:])}. {cure}",
         )
+
+
+def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Pattern[str], *, allow: bool) -> AnswerCheck:
+    """What a small conversation tells about the template: its headers, whether it knows generation prompts."""
+    stops = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
+    with deadline(RENDER_SECONDS, "the chat template"):
+        alone, followed = probe(chat)
+        question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
+        own_header, supplied = "", ""
+        try:
+            plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
+            if prompt == plain and alone.startswith(plain):
+                own_header = alone[len(plain) : alone.rindex(PROBE_ANSWER)]
+            elif prompt.startswith(plain):
+                supplied = prompt[len(plain) :]
+        except TemplateError:
+            pass  # a template that wants a system message first; each row checks its own turns
+    between = followed[followed.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].partition(PROBE_NEXT)[0]
+    for stop in stops:
+        between = between.rpartition(stop)[2]
+    header = between.strip()
+    return AnswerCheck(
+        stops, control, closes=bundle.closes, tail=bundle.tail,
+        headers=[header] if control.search(header) else [],
+        own_header=own_header if control.search(own_header) else "",
+        supplied=supplied if control.search(supplied) else "",
+        allow=allow,
+    )  # fmt: skip

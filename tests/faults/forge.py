@@ -6,7 +6,8 @@ runs. The forked process is as fresh as one that a shell starts: nothing was com
 
 A fault is `{"where": "sft.module:Name.function", "call": N, "when": "before" | "after", "what": ...}`: the function
 is wrapped in the child, and at its N-th call the fault happens. The product knows nothing of it. "set" changes
-constants ("sft.module:NAME") that a fresh process would have read from its environment.
+constants ("sft.module:NAME") that a fresh process would have read from its environment. "more_memory" limits the
+address space to so many bytes beyond what the fresh process has.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import functools
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+import psutil
 
 HEAVY = (
     "torch", "transformers", "accelerate", "peft", "safetensors.torch", "datasets", "torch.nn.parallel",
@@ -101,6 +105,9 @@ def child(request: dict[str, Any]) -> NoReturn:
     os.dup2(out, 2)
     os.environ.update(request.get("env", {}))
     os.chdir(request.get("cwd", "."))
+    if "more_memory" in request:
+        taken = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (taken + request["more_memory"],) * 2)
     code = 70
     try:
         for name, value in request.get("set", {}).items():

@@ -208,8 +208,10 @@ class Job:
         command: str = "train",
         only_rank: Mapping[int, Sequence[str]] | None = None,
         stall_seconds: float = 1800,
+        more_memory: int | None = None,
     ) -> Run:
-        """Start all ranks. `faults`: of rank 0, or by rank. `only_rank`: further arguments for some."""
+        """Start all ranks. `faults`: of rank 0, or by rank. `only_rank`: further arguments for some. `more_memory`:
+        bytes of address space beyond those of the fresh process."""
         by_rank = faults if isinstance(faults, Mapping) else {0: faults}
         self._runs += 1
         port, outs, pids = str(free_port()), [], []
@@ -225,6 +227,7 @@ class Job:
                     env={"SFT_CACHE": str(shared() / "cache"), **(ranks if world > 1 else {}), **(env or {})},
                     set={"sft.train:STALL_SECONDS": stall_seconds},
                     out=str(out), faults=list(by_rank.get(rank, ())), cwd=str(self.config.parent),
+                    **({"more_memory": more_memory} if more_memory else {}),
                 )
             )  # fmt: skip
             outs.append(out)
