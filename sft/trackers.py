@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,29 +25,23 @@ class Trackers:
     """The trackers of a run. One that fails is named once and left out; it never stops the training, nor the others."""
 
     def __init__(self, session: Session) -> None:
-        log, folder = session.config.log, session.folder.path / "trackers"
         self._say, self._live = session.say, dict[str, Any]()
-        if not log.trackers or not session.job.is_first:
-            return
-        file, known = folder / "runs.json", dict[str, str]()
-        config = session.config.model_dump(mode="json")
+        if session.job.is_first:
+            for kind in dict.fromkeys(session.config.log.trackers):
+                self._try(kind, partial(self._open, kind, session))
 
-        def open_all() -> None:
-            folder.mkdir(exist_ok=True)
-            known.update(read_json(file) if file.exists() else {})
-            for kind in dict.fromkeys(log.trackers):
-                self._try(kind, lambda kind=kind: open_one(kind))  # type: ignore[misc]
-            write_json(file, known)
-
-        def open_one(kind: str) -> None:
-            name = log.name or session.folder.path.name
-            tracker = start(kind, log.project, name, folder, run=known.get(kind), after_step=session.state.step)
-            if kind not in known:
-                store_config(kind, tracker, flat_config({**config, "resolved": session.job.resolved}))
-            known[kind] = identity(kind, tracker)
-            self._live[kind] = tracker
-
-        self._try("trackers", open_all)
+    def _open(self, kind: str, session: Session) -> None:
+        log, folder = session.config.log, session.folder.path / "trackers"
+        folder.mkdir(exist_ok=True)
+        file = folder / "runs.json"
+        known = read_json(file) if file.exists() else {}
+        name = log.name or session.folder.path.name
+        tracker = start(kind, log.project, name, folder, run=known.get(kind), after_step=session.state.step)
+        if kind not in known:
+            config = session.config.model_dump(mode="json")
+            store_config(kind, tracker, flat_config({**config, "resolved": session.job.resolved}))
+            write_json(file, {**known, kind: identity(kind, tracker)})
+        self._live[kind] = tracker
 
     def __enter__(self) -> Trackers:
         return self
@@ -69,10 +64,10 @@ class Trackers:
         numbers = {f"{group}/{key}": value for key, value in pairs if isinstance(value, int | float)}
         for name, tracker in list(self._live.items()):
             # W&B drops what comes for a step that it has seen: the evaluation that a stop put off, for one
-            given: dict[str, Any] = (
-                {"values": {**numbers, "step": step}} if name == "wandb" else {"values": numbers, "step": step}
-            )
-            self._try(name, lambda tracker=tracker, given=given: tracker.log(**given))  # type: ignore[misc]
+            if name == "wandb":
+                self._try(name, partial(tracker.log, {**numbers, "step": step}))
+            else:
+                self._try(name, partial(tracker.log, numbers, step=step))
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
         try:
