@@ -20,6 +20,7 @@ from sft.data.collate import flat, idle, to_device
 from sft.distributed import gather
 from sft.errors import ConfigError, DeviceError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
+from sft.heap import keep_freed_memory
 from sft.hush import hush_libraries
 from sft.isolation import compare, head_is_exact
 from sft.model import (
@@ -124,8 +125,10 @@ def unused_gpus_hint(config: str) -> str | None:
 
 
 def set_up_libraries(config: Config) -> None:
-    """Quiet libraries, and repeatable kernels where asked for."""
+    """Quiet libraries, memory that stays on a CPU, and repeatable kernels where asked for."""
     hush_libraries()
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

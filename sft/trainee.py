@@ -43,7 +43,8 @@ class Trainee(nn.Module):
         # A hook, so that models which scale their embeddings or read ids twice keep doing so.
         self.causal.get_input_embeddings().register_forward_hook(self._on_embeddings)
         for module in self.causal.modules():
-            if any(parameter.ndim == 1 for parameter in module.parameters(recurse=False)) and not hasattr(module, "bias"):
+            own = dict(module.named_parameters(recurse=False))
+            if "bias" not in own and any(parameter.ndim == 1 for parameter in own.values()):
                 module.register_forward_hook(self._on_norm)
         self._noise_lengths: tuple[int, ...] | None = None
 

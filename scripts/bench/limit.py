@@ -18,6 +18,7 @@ import torch
 from sft import attention
 from sft.config import Lora
 from sft.data.collate import flat, to_device
+from sft.heap import keep_freed_memory
 from sft.model import add_adapter, dtypes, load_base, resolve_precision
 from sft.optim import build
 from sft.setup import follow_inputs
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     batch = make_batch(arguments.tokens, arguments.length, device)
     for tuning in ("full", "lora"):
         trainee = make_trainee(arguments.model, tuning, device)
