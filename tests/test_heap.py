@@ -11,11 +11,11 @@ COUNT = """
 import resource, sys, torch
 from sft.heap import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for round in range(30):
+    if round == 25:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 * 2**20, dtype=torch.uint8)  # 64 MiB: 16,384 pages of 4 KiB
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(kept, faults // 16384)
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 16384)
 """
 
 
@@ -26,13 +26,12 @@ def run(mode: str) -> list[str]:
 
 
 def test_blocks_that_were_freed_are_used_again() -> None:
-    """A few are taken before the pieces fit; then none."""
+    """Some are taken before the pieces fit; of the last five none."""
     kept, taken = run("keep")
     if kept == "False":
         pytest.skip("this C library has no mallopt")
-    assert int(taken) < 8
+    assert int(taken) == 0
 
 
 def test_control_without_it_every_page_is_taken_anew() -> None:
-    _, taken = run("plain")
-    assert int(taken) >= 18
+    assert run("plain") == ["None", "5"]
