@@ -65,10 +65,14 @@ def pin_clock(template: str, now: datetime) -> str:
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A rendered text. `marks`: [start, end) of what the template marks as generated; None where it has no markers."""
+    """A rendered text. `marks`: [start, end) of what the template marks as generated; None where it has no markers.
+
+    `starts`: where each message begins; None where that isn't known.
+    """
 
     text: str
     marks: tuple[tuple[int, int], ...] | None = None
+    starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,10 @@ class ChatTemplate:
         return self._rendered(conversations, tools, generation_prompt, template, marks=False)[0]
 
     def render_marked(
-        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]] = ()
+        self, conversations: Sequence[Messages], tools: Sequence[Mapping[str, Any]] = (), template: str | None = None
     ) -> list[MarkedText]:
         """`render` without a generation prompt, with what stands in `{% generation %}` blocks. Raises TemplateError."""
-        texts, marks = self._rendered(conversations, tools, False, None, marks=True)
+        texts, marks = self._rendered(conversations, tools, False, template, marks=True)
         return [MarkedText(text, tuple(sorted(found))) for text, found in zip(texts, marks, strict=True)]
 
     def _rendered(

@@ -166,6 +166,37 @@ def test_one_rendering_says_what_many_say(bundles: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["chatml_plain", "chatml_default_system", "chatml_generation_markers", "mistral_v1", "gemma_model_role",
+     "granite_style", "vicuna_style", "phi4_mini_style", "hermes_tools"],
+)  # fmt: skip
+def test_a_text_rendered_with_marks_is_the_plain_one(bundles: Any, name: str) -> None:
+    renderer = Encoder(bundles(next(f for f in OWN if f.stem == name)), EncodeSettings()).renderer
+    renderer.unseen = 0  # no longer held against the plain rendering
+    for shape, sample in SHAPES.items():
+        messages = message_dicts(sample.messages)
+        try:
+            (plain,) = renderer.ended([messages], sample.tools)
+        except TemplateError:
+            continue  # it takes no such conversation
+        whole = renderer.whole(messages, sample.tools)
+        assert whole.starts is not None or sample.tools
+        assert (whole.text, whole.marks) == (plain.text, plain.marks), shape
+
+
+def test_a_message_that_holds_the_mark_is_rendered_plainly(bundles: Any) -> None:
+    from sft.data.locality import MARK
+    from sft.types import Message
+
+    bundle = bundles(next(f for f in OWN if f.stem == "chatml_plain"))
+    encoder = Encoder(bundle, EncodeSettings())
+    encoder.renderer.unseen = encoder.renderer.unverified = 0
+    sample = Conversation((Message("user", f"a{MARK}b"), Message("assistant", f"{MARK}c{MARK}")), "a.jsonl:1")
+    encoded = encoder.encode(sample)
+    assert judge(bundle.tokenizer, sample, encoded, set(bundle.stop_ids)).right
+
+
+@pytest.mark.parametrize(
     "name", ["chatml_plain", "chatml_default_system", "mistral_v1", "gemma_model_role", "granite_style", "vicuna_style"]
 )
 def test_simple_templates_are_rendered_once(bundles: Any, name: str) -> None:

@@ -126,19 +126,20 @@ def token_ranges(ids: Sequence[int], text: str, stretches: Sequence[Stretch], de
 def check_marked(whole: MarkedText, messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises Refusal where the markers stand around another's words than the assistant's."""
     stretches = [whole.text[low:high].strip() for low, high in (whole.marks or ())[:LOOKED_AT]]
-    first = messages[:LOOKED_AT]
-    own = "\0".join(words for m in first if m.get("role") == "assistant" for words in strings(m))
-    for index, message in enumerate(first):
-        words = "" if message.get("role") == "assistant" else str(message.get("content") or "").strip()
-        if not words or words in own:
+    marked = "\0".join(stretches)
+    for index, message in enumerate(messages[:LOOKED_AT]):
+        words = "" if message["role"] == "assistant" else str(message.get("content") or "").strip()
+        if not words or words not in marked:
             continue
-        for stretch in stretches:
-            if stretch == words or (len(words) >= TELLING and words in stretch):
-                raise Refusal(
-                    "marked_elsewhere",
-                    f"the template's generation markers stand around message {index} ({message.get('role')}): "
-                    f"{shown(stretch)}. Correct them, or take them out (data.template: a .jinja file).",
-                )
+        if len(words) < TELLING and words not in stretches:
+            continue
+        if not any(words in own for m in messages if m["role"] == "assistant" for own in strings(m)):
+            stretch = next(stretch for stretch in stretches if words in stretch)
+            raise Refusal(
+                "marked_elsewhere",
+                f"the template's generation markers stand around message {index} ({message['role']}): "
+                f"{shown(stretch)}. Correct them, or take them out (data.template: a .jinja file).",
+            )
 
 
 def strings(value: Any) -> Iterator[str]:

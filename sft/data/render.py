@@ -10,13 +10,14 @@ template provably writes its messages one after another (`locality`): then one r
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
-from sft.data.markers import Marking, marking
+from sft.data.markers import Marking, marking, strings
 from sft.data.proof import AnswerCheck, Refusal, shown
 from sft.errors import TemplateError
 from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
@@ -70,27 +71,60 @@ class Renderer:
     def __init__(self, chat: ChatTemplate, check: AnswerCheck) -> None:
         self.chat = chat
         self.check = check
-        self.unverified = VERIFIED_ROWS
+        self.unverified = self.unseen = VERIFIED_ROWS
         self.endings: dict[bool, tuple[str, str] | None] = {}
         plain = local_template(chat.text)
         with_tools = plain if chat.with_tools == chat.text else local_template(chat.with_tools)
         self.local: tuple[Local | None, Local | None] = (plain, with_tools)
         self.marked = tuple(generation_markers(text) == "placed" for text in (chat.text, chat.with_tools))
 
-    def ended(self, conversations: Sequence[Dicts], tools: Tools) -> list[MarkedText]:
+    def ended(self, conversations: Sequence[Dicts], tools: Tools, template: str | None = None) -> list[MarkedText]:
         """Conversations without a generation prompt, with what the template marks as generated."""
         if self.marked[bool(tools)]:
-            return self.chat.render_marked(conversations, tools)
-        return [MarkedText(text) for text in self.chat.render(conversations, tools, generation_prompt=False)]
+            return self.chat.render_marked(conversations, tools, template)
+        texts = self.chat.render(conversations, tools, generation_prompt=False, template=template)
+        return [MarkedText(text) for text in texts]
 
     def whole(self, messages: Dicts, tools: Tools) -> MarkedText:
-        """The text of the conversation. Raises Refusal with the template's own objection."""
+        """The text of the conversation, with its messages' starts where the template is local. Raises Refusal."""
         if not messages:
             raise Refusal("bad_row", "the conversation has no messages")
+        local = self.local[bool(tools)]
         try:
+            if local is not None and local.fits(messages):
+                whole = self.located(messages, tools, local)
+                if whole is not None and not self.unseen:
+                    return whole
+                self.unseen = max(self.unseen - 1, 0)
+                plain = self.ended([messages], tools)[0]
+                if whole is not None and replace(whole, starts=None) == plain:
+                    return whole
+                if whole is not None:
+                    self.local = (None, None)
+                return plain
             return self.ended([messages], tools)[0]
         except TemplateError as error:
             raise Refusal("template", f"the chat template refuses the conversation: {error}") from error
+
+    def located(self, messages: Dicts, tools: Tools, local: Local) -> MarkedText | None:
+        """The text of a conversation with where each message begins, from one rendering of the marked template.
+
+        0 for a message that the loop leaves out, such as a system message. None where a message holds such a mark.
+        """
+        if any(MARK in words for given in (*messages, *tools) for words in strings(given)):
+            return None
+        rendered = self.ended([messages], tools, local.template)[0]
+        pieces = rendered.text.split(MARK)
+        left_out = len(messages) - (len(pieces) - 1)
+        if left_out < 0:
+            return None
+        starts = list(accumulate(len(piece) for piece in pieces[:-1]))
+        marks = rendered.marks
+        if marks is not None:  # their places, without the marks before them
+            places = [start + number for number, start in enumerate(starts)]
+            low_high = [(low - bisect_left(places, low), high - bisect_left(places, high)) for low, high in marks]
+            marks = tuple(low_high)
+        return MarkedText("".join(pieces), marks, (*[0] * left_out, *starts))
 
     def turns(self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText) -> Iterator[Turn]:
         """The trained turns in order, rendered as they are asked for. Raises Refusal."""
@@ -148,7 +182,7 @@ class Renderer:
         self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: MarkedText, local: Local
     ) -> list[Turn] | None:
         """All turns from one rendering of the marked template; None where that doesn't bear out for this row."""
-        starts = self.starts(messages, tools, whole.text, local)
+        starts = whole.starts
         if starts is None:
             return None
         ends = self.ends_of_text(messages, tools, trained, whole.text, starts, local)
@@ -167,17 +201,8 @@ class Renderer:
             turns.append(Turn(k, text, start, None, answer, closed, marking(whole, start, answer)))
         return turns
 
-    def starts(self, messages: Dicts, tools: Tools, whole: str, local: Local) -> list[int] | None:
-        """Where each message begins in the whole text; 0 for one that the loop leaves out, such as a system message."""
-        marked = self.chat.render([messages], tools, generation_prompt=False, template=local.template)[0]
-        pieces = marked.split(MARK)
-        left_out = len(messages) - (len(pieces) - 1)
-        if left_out < 0 or "".join(pieces) != whole:
-            return None
-        return [0] * left_out + list(accumulate(len(piece) for piece in pieces[:-1]))
-
     def ends_of_text(
-        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str, starts: list[int], local: Local
+        self, messages: Dicts, tools: Tools, trained: Sequence[int], whole: str, starts: Sequence[int], local: Local
     ) -> tuple[str, str] | None:
         """What the template writes after the last message, with a generation prompt and without.
 
@@ -196,14 +221,15 @@ class Renderer:
         turns = local.needs // 2 + 2
         small: Dicts = [{"role": role, "content": role} for _ in range(turns) for role in ("user", "assistant")]
         try:
-            text = self.chat.render([small], tools, generation_prompt=False)[0]
-            places = self.starts(small, tools, text, local)
-            return None if places is None else self.endings_at(small, tools, 2 * turns - 3, 2 * turns - 3, text, places)
+            text = self.located(small, tools, local)
+            if text is None or text.starts is None:
+                return None
+            return self.endings_at(small, tools, 2 * turns - 3, 2 * turns - 3, text.text, text.starts)
         except TemplateError:
             return None  # the template takes no such conversation; it may well take the rows
 
     def endings_at(
-        self, messages: Dicts, tools: Tools, first: int, last: int, whole: str, starts: list[int]
+        self, messages: Dicts, tools: Tools, first: int, last: int, whole: str, starts: Sequence[int]
     ) -> tuple[str, str] | None:
         prompts = self.chat.render([messages[:first], messages[:last]], tools, generation_prompt=True)
         ended = self.chat.render([messages[: first + 1]], tools, generation_prompt=False)[0]
