@@ -172,8 +172,9 @@ class TrialRun:
             if time.monotonic() > self._kill_at:
                 self.process.kill()
             return None
-        self.process = None
-        return self._judge(read_outcome(self.repeat.run_dir, code, self.repeat.curve, self.repeat.log, self._since))
+        finished = self._judge(read_outcome(self.repeat.run_dir, code, self.repeat.curve, self.repeat.log, self._since))
+        self.process = None  # only now: where the storage could not be told, the next look judges again
+        return finished
 
     def _orphans_gone(self) -> bool:
         assert self._orphans_until is not None
@@ -219,17 +220,21 @@ class TrialRun:
         if spec.timeout is not None and time.monotonic() - self.started > spec.timeout:
             self.stop("fail", f"not done after {spec.timeout:g} s (timeout)")
             return
-        counted = repeat.curve.counted
-        for evaluation, (step, value) in enumerate(counted, 1):
+        for evaluation, (step, value) in enumerate(repeat.curve.counted, 1):
             if value is None or not math.isfinite(value):
                 self.stop("fail", f"{spec.metric} is not finite at step {step}")
                 return
-            if self.index == 0 and evaluation > self._reported:
-                self._reported = evaluation
-                gives_up = self.claim.report(value, evaluation)
-                if gives_up and evaluation != self._last_evaluation():
-                    self.stop("prune", f"pruned at step {step}", patience=120.0)
-                    return
+            if self._report(evaluation, value) and evaluation != self._last_evaluation():
+                self.stop("prune", f"pruned at step {step}", patience=120.0)
+                return
+
+    def _report(self, evaluation: int, value: float) -> bool:
+        """Tell the storage of an evaluation of the first repeat. True when the pruner gives the trial up."""
+        if self.index > 0 or evaluation <= self._reported:
+            return False
+        gives_up = self.claim.report(value, evaluation)
+        self._reported = evaluation
+        return gives_up
 
     def _last_evaluation(self) -> int | None:
         """The number of the final evaluation, where the config tells: nothing is gained by pruning there."""
@@ -238,6 +243,9 @@ class TrialRun:
 
     def _judge(self, outcome: Outcome) -> Finished | None:
         if outcome.state == "done":
+            for evaluation, (_, value) in enumerate(self.repeat.curve.counted, 1):
+                if value is not None:  # the last ones came while nobody looked
+                    self._report(evaluation, value)
             self.repeat.value = outcome.value
             if self.index + 1 < len(self.repeats):
                 if self.intent:

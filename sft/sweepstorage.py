@@ -118,9 +118,14 @@ def open_storage(url: str | None, folder: Path) -> tuple[BaseStorage, Guard]:
 
     try:
         parsed = make_url(url)
+        if parsed.drivername == "postgresql":  # which driver that means is another with each SQLAlchemy
+            parsed = parsed.set(drivername="postgresql+psycopg")
         kind = parsed.get_backend_name()
         with _database_guard(parsed, "tables")():  # two drivers that begin at once would both create them
-            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True} if kind != "sqlite" else {})
+            storage = RDBStorage(
+                parsed.render_as_string(hide_password=False),
+                engine_kwargs={"pool_pre_ping": True} if kind != "sqlite" else {},
+            )
     except ModuleNotFoundError as error:
         raise DeviceError(
             f"storage: {mask_secrets(url)} needs the package {error.name}"
