@@ -7,7 +7,7 @@ by itself at a token that the saved generation config names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sft.generate import complete
 from sft.templating import pin_clock
 
 SHOWN = 160  # characters of a text that a report carries
+AROUND = 2  # tokens shown on either side of a difference between days
+LATER = timedelta(days=401, hours=13, minutes=7)  # another year, month, weekday and hour: whatever a template writes
 
 
 def check_serving(
@@ -35,15 +37,19 @@ def check_serving(
     `pinned_date` is the ISO date that the run told to templates which read the clock.
 
     Keys: passed, checked, ids_equal, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
-    template_args, date (None unless the template reads the clock), mismatches, answers, excepted (prompts whose text
-    spells a control token: a stranger's tokenizer turns that text into the token, training did not).
+    template_args, date (None unless the template reads the clock), another_day (what a stranger's prompt holds in
+    place of training's on a later date; None where no prompt differs), mismatches, answers, excepted (prompts whose
+    text spells a control token: a stranger's tokenizer turns that text into the token, training did not).
     """
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     arguments = dict(template_args or {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    date = _pin_date(tokenizer, pinned_date)
+    template, date = tokenizer.chat_template, None
+    if pinned_date is not None and "strftime_now" in str(template):
+        date = datetime.fromisoformat(pinned_date)
+        tokenizer.chat_template = pinned(template, date)
     stop_ids = saved_stop_ids(folder)
     mismatches: list[dict[str, Any]] = []
     excepted: list[str] = []
@@ -66,7 +72,8 @@ def check_serving(
         "max_new_tokens": max_new_tokens,
         "weights": "folder" if model is None else "live",
         "template_args": arguments,
-        "date": date,
+        "date": date and date.date().isoformat(),
+        "another_day": date and another_day(folder, samples, arguments, date + LATER),
         "mismatches": mismatches,
         "excepted": excepted,
         "answers": answers,
@@ -82,7 +89,13 @@ def describe(result: Mapping[str, Any]) -> str:
     if result["template_args"]:
         exact += " (with " + ", ".join(f"{k}={v!r}" for k, v in result["template_args"].items()) + ")"
     if result["date"]:
-        exact += f" (the template reads the clock; asked as of {result['date']}, the day the run began)"
+        exact += f" (the template reads the clock; asked as of {result['date']}, the day the run began"
+        if other := result["another_day"]:
+            exact += (
+                f": a prompt of {other['date']} has {other['served']!r} where training had {other['trained']!r}, "
+                f"{other['differ']} of {checked} prompts differ so"
+            )
+        exact += ")"
     if result["excepted"]:
         exact += f"; {len(result['excepted'])} spell a control token in their text, which a plain tokenizer obeys"
     if result["mismatches"]:
@@ -107,8 +120,7 @@ def prompt_difference(
     served = served_ids(tokenizer, sample, template_args)
     if served == trained:
         return None
-    shared = zip(trained, served, strict=False)
-    at = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(trained), len(served)))
+    at = shared(trained, served)
     window = slice(max(0, at - 4), at + 12)
     return {"at": at, "trained": tokenizer.decode(trained[window]), "served": tokenizer.decode(served[window])}
 
@@ -152,17 +164,43 @@ def load_as_stranger(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def _pin_date(tokenizer: Any, date: str | None) -> str | None:
-    """Tells the template the run's date, where it asks for one; the saved template itself stays as it is."""
-    template = tokenizer.chat_template
-    if date is None or "strftime_now" not in str(template):
-        return None
-    now = datetime.fromisoformat(date)
+def pinned(template: Any, now: datetime) -> Any:
+    """A tokenizer's template, or its templates by name, with the clock standing at `now`."""
     if isinstance(template, dict):
-        tokenizer.chat_template = {name: pin_clock(text, now) for name, text in template.items()}
-    else:
-        tokenizer.chat_template = pin_clock(template, now)
-    return now.date().isoformat()
+        return {name: pin_clock(text, now) for name, text in template.items()}
+    return pin_clock(template, now)
+
+
+def another_day(
+    folder: Path, samples: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any], now: datetime
+) -> dict[str, Any] | None:
+    """How prompts differ from training's when the saved folder is asked at `now`: {date, differ, trained, served}.
+
+    `trained` and `served` are the texts in which the first such prompt differs, with some tokens around.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = pinned(tokenizer.chat_template, now)
+    found = []
+    for sample in samples:
+        trained, served = list(sample["prompt_ids"]), served_ids(tokenizer, sample, template_args)
+        if trained != served and not _spells_control_token(tokenizer, sample):
+            found.append((trained, served))
+    if not found:
+        return None
+    trained, served = found[0]
+    front, back = shared(trained, served), shared(trained[::-1], served[::-1])
+    back = min(back, len(trained) - front, len(served) - front)
+    texts = [
+        tokenizer.decode(ids[max(0, front - AROUND) : len(ids) - back + AROUND])[:SHOWN] for ids in (trained, served)
+    ]
+    return {"date": now.date().isoformat(), "differ": len(found), "trained": texts[0], "served": texts[1]}
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _answers(

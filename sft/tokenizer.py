@@ -160,7 +160,10 @@ def chat_template(
         parse(text)
         texts.append(pin_clock(text, now))
     if texts[0] != tokenizer.get_chat_template():
-        notes.append(f"the template reads the clock: its date is pinned to {now.date().isoformat()} for this run")
+        notes.append(
+            f"the template reads the clock: its date is pinned to {now.date().isoformat()} for this run; the saved one "
+            "reads the clock again, so a prompt served on another day names that day"
+        )
     if "unplaced" in map(generation_markers, texts):
         notes.append(
             "the template's generation markers stand where their places cannot be told (in a macro, a set block or "

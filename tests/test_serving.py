@@ -102,6 +102,48 @@ def test_a_template_that_reads_the_clock_is_asked_as_of_the_runs_date(tmp_path: 
     result = check_serving(dated, [trained], max_new_tokens=8, pinned_date="1999-12-31")
     assert result["passed"]
     assert "asked as of 1999-12-31" in describe(result)
+    assert result["another_day"]["date"] == "2001-02-04"
+    assert [result["another_day"][key] for key in ("trained", "served")] == [
+        "seven<|im_start|>user", "ten<|im_start|>user"
+    ]  # fmt: skip
+    assert "a prompt of 2001-02-04 has 'ten<|im_start|>user' where training had 'seven<|im_start|>user'" in (
+        describe(result)
+    )
+
+
+def test_what_another_day_s_prompt_holds_is_what_a_stranger_gets_then(tmp_path: Path) -> None:
+    """The saved template goes on reading the clock; the date alone differs, at the places that are named."""
+    from datetime import datetime
+
+    from sft.serving import LATER, pinned
+    from sft.templating import pin_clock
+
+    head = "{{ 'Yes ' + ['one', 'two', 'three', 'four', 'five', 'six'][(strftime_now('%d') | int) % 10] + ' No' }}"
+    dated = make_chain_model(tmp_path, template=head + CHATML)
+    began = datetime(2024, 7, 5, 23, 59)
+    tokenizer = AutoTokenizer.from_pretrained(dated)
+    assert tokenizer.chat_template == head + CHATML
+    tokenizer.chat_template = pinned(tokenizer.chat_template, began)
+    trained = sample(dated, "Hello")
+    ask: Any = {"add_generation_prompt": True, "return_dict": False}
+    trained["prompt_ids"] = tokenizer.apply_chat_template(trained["messages"], **ask)
+    result = check_serving(dated, [trained, trained], max_new_tokens=8, pinned_date=began.isoformat())
+    assert (result["passed"], result["ids_equal"], result["date"]) == (True, 2, "2024-07-05")
+    then = AutoTokenizer.from_pretrained(dated)
+    then.chat_template = pin_clock(head + CHATML, began + LATER)
+    served = then.apply_chat_template(trained["messages"], **ask)
+    assert served != trained["prompt_ids"]
+    assert result["another_day"] == {
+        "date": "2025-08-11", "differ": 2, "trained": "Yes six No", "served": "Yes two No"
+    }  # fmt: skip
+    assert then.decode(served).startswith("Yes two No<|im_start|>user")
+
+
+def test_a_clock_that_no_prompt_names_makes_no_difference(tmp_path: Path) -> None:
+    quiet = make_chain_model(tmp_path, template="{% if false %}{{ strftime_now('%Y') }}{% endif %}" + CHATML)
+    result = check_serving(quiet, [sample(quiet, "Hello")], max_new_tokens=8, pinned_date="2024-07-05")
+    assert (result["passed"], result["another_day"]) == (True, None)
+    assert "asked as of 2024-07-05, the day the run began)" in describe(result)
 
 
 def test_text_that_spells_a_control_token_is_told_apart(folder: Path) -> None:
