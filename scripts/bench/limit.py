@@ -1,8 +1,9 @@
-"""FLOP/s of a training step over those of the model's own matrix products, run plainly in the same process.
+"""FLOP/s of a training step over those that plain products of the model's own shapes reach in the same process.
 
-A full finetune of P weights costs 6 P floating-point operations a token (2 forward, 4 backward), LoRA 4 P and what
-its adapters cost; attention's own products are counted too, the embedding look-up is not. The head runs on trained
-positions only and is counted for those.
+Counted as useful: 6 floating-point operations a weight and token for a full finetune (2 forward, 4 backward), 4 for
+LoRA's frozen weights, 6 for its adapters; the head at trained positions only; of attention's two products the half
+that causality leaves, 3 times each. The look-up of embeddings counts nothing. The plain products are those of the
+linear layers and the head.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ def main() -> None:
     for tuning in ("full", "lora"):
         trainee = make_trainee(arguments.model, tuning, device)
         step = training_step(trainee, batch)
-        products, flops = matrix_products(trainee, batch, tuning)
+        products, plain_flops = matrix_products(trainee, batch, tuning)
+        flops = plain_flops + other_flops(trainee, batch)
         pairs = [(timed(step, device), timed(products, device)) for _ in range(arguments.repeats)][1:]
-        ratios = [product / ours for ours, product in pairs]
+        ratios = [flops / plain_flops * product / ours for ours, product in pairs]
         ours = statistics.median(step_seconds for step_seconds, _ in pairs)
         print(
             f"{tuning}: {batch.num_tokens / ours:,.0f} tokens/s, {flops / ours / 1e9:,.0f} GFLOP/s; plain products of "
-            f"the same shapes {flops / statistics.median(p for _, p in pairs) / 1e9:,.0f} GFLOP/s; "
+            f"the same shapes {plain_flops / statistics.median(p for _, p in pairs) / 1e9:,.0f} GFLOP/s; "
             f"share {statistics.median(ratios):.0%} ({min(ratios):.0%} to {max(ratios):.0%})"
         )
 
@@ -77,6 +79,7 @@ def training_step(trainee: Trainee, batch: Batch) -> Callable[[], None]:
 
     def step() -> None:
         (loss_sum(trainee, trainee, batch) / len(batch.targets_M)).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -111,6 +114,17 @@ def matrix_products(trainee: Trainee, batch: Batch, tuning: str) -> tuple[Callab
                 gradient.T @ inputs
 
     return products, sum(2 * per_weight * m * rows * columns for m, (rows, columns) in shapes)
+
+
+def other_flops(trainee: Trainee, batch: Batch) -> int:
+    """Of the adapters and of attention, whose scores are (T, T) for each head of a segment of T tokens."""
+    config = trainee.causal.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    causal = sum(length**2 for length in batch.segment_lengths) // 2
+    adapters = sum(p.numel() for name, p in trainee.named_parameters() if "lora_" in name)
+    return config.num_hidden_layers * 3 * 2 * 2 * causal * width + 6 * adapters * batch.num_tokens
 
 
 def timed(action: Callable[[], None], device: torch.device) -> float:
