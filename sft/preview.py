@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sft.errors import DataError
+from sft.pieces import Shown, show
 from sft.types import Example
 
 if TYPE_CHECKING:
@@ -26,35 +27,10 @@ if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
 
 ROWS_TRIED = 2000  # of one source, before it counts as one without a usable row
-LONGEST_GROUP = 12  # tokens that one visible character may need
 SHOWN_STRETCH = 1600  # characters of one stretch on a terminal; the middle of longer ones is left out
-BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained where there is no colour
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The smallest run of tokens that has a text of its own: mostly one, several for an emoji cut in bytes."""
-
-    text: str
-    ids: tuple[int, ...]
-    weight: float
-    special: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """One example, ready to be looked at. `data_source` is the path of its source in the config."""
-
-    example: Example
-    data_source: str
-    text: str
-    trained: tuple[str, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.example.input_ids_T)
+SPELLED, SPELLED_END = "‹", "›"  # around ordinary characters that spell a control token
+SYMBOLS = f"↵ newline  · blank  ⇥ tab  {SPELLED}…{SPELLED_END} spells a control token, and is none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,83 +120,6 @@ def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) ->
             yield from encoded.examples
 
 
-def show(example: Example, data_source: str, bundle: TokenizerBundle) -> Shown:
-    """Decodes an example: the whole, each contiguous trained span, and piece by piece."""
-    ids = [int(token) for token in example.input_ids_T]
-    text, *trained = texts_of(bundle.tokenizer, ids, [(0, len(ids)), *trained_spans(example)])
-    return Shown(example, data_source, text, tuple(trained), tuple(pieces(example, bundle.tokenizer)))
-
-
-def texts_of(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[str]:
-    """What each span [start, end) of the ids adds to the text before it.
-
-    Decoded behind its neighbour, since alone some decoders (Llama 2's, Mistral's) strip its blank. Where the neighbour
-    is a part of a character, the span is decoded alone.
-    """
-    sequences = [ids[max(0, start - 1) : end] for start, end in spans]
-    fronts = [ids[max(0, start - 1) : start] for start, _ in spans]
-    alone = [ids[start:end] for start, end in spans]
-    decoded = _decode_all(tokenizer, [*sequences, *fronts, *alone])
-    number = len(spans)
-    texts = []
-    for text, front, own in zip(decoded[:number], decoded[number : 2 * number], decoded[2 * number :], strict=True):
-        texts.append(text[len(front) :] if text.startswith(front) and BROKEN not in front else own)
-    return texts
-
-
-def _decode_all(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[str]:
-    """Nothing skipped, nothing cleaned up."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return list(backend.decode_batch([list(sequence) for sequence in sequences], skip_special_tokens=False))
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [tokenizer.decode(sequence, **options) for sequence in sequences]
-
-
-def trained_spans(example: Example) -> list[tuple[int, int]]:
-    """[start, end) of each contiguous run of trained tokens."""
-    spans: list[tuple[int, int]] = []
-    for position, weight in enumerate(example.weights_T):
-        if weight <= 0:
-            continue
-        if spans and spans[-1][1] == position:
-            spans[-1] = (spans[-1][0], position + 1)
-        else:
-            spans.append((position, position + 1))
-    return spans
-
-
-def pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
-    """The tokens with their texts, which join to the text of the example.
-
-    Tokens that only together make a character (bytes of an emoji) form one piece, unless they are weighed differently.
-    """
-    ids = [int(token) for token in example.input_ids_T]
-    weights = [float(weight) for weight in example.weights_T]
-    special = tokenizer.added_tokens_decoder
-    texts = texts_of(tokenizer, ids, [(i, i + 1) for i in range(len(ids))])
-    start = 0
-    while start < len(ids):
-        end, text = start + 1, texts[start]
-        if BROKEN in text:
-            end, text = _whole_character(tokenizer, ids, weights, start) or (end, text)
-        yield Piece(text, tuple(ids[start:end]), weights[start], ids[start] in special)
-        start = end
-
-
-def _whole_character(
-    tokenizer: Any, ids: Sequence[int], weights: Sequence[float], start: int
-) -> tuple[int, str] | None:
-    """(end, text) of the shortest group from `start` that decodes to whole characters and is weighed alike."""
-    for end in range(start + 2, min(start + LONGEST_GROUP, len(ids)) + 1):
-        if weights[end - 1] != weights[start]:
-            return None
-        text = texts_of(tokenizer, ids, [(start, end)])[0]
-        if BROKEN not in text:
-            return end, text
-    return None
-
-
 # JSON ---------------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +169,7 @@ def legend(shown: Sequence[Shown], bundle: TokenizerBundle) -> str:
     trained = sum(example.example.num_trained for example in shown)
     stop = bundle.tokenizer.convert_ids_to_tokens(bundle.stop_ids[0])
     return (
-        f"{OPEN}trained{CLOSE}  ↵ newline  · blank  ⇥ tab   "
+        f"{OPEN}trained{CLOSE}  {SYMBOLS}   "
         f"{len(shown)} example{'s' * (len(shown) != 1)}, {tokens:,} tokens, {trained / max(1, tokens):.0%} trained; "
         f"template {bundle.template_name}, a trained turn ends with {stop}"
     )
@@ -279,22 +178,10 @@ def legend(shown: Sequence[Shown], bundle: TokenizerBundle) -> str:
 def plain(shown: Shown) -> str:
     """The example without colour: `⟦…⟧` around each trained span, newlines and odd blanks visible."""
     parts = []
-    for trained, text in stretches(shown):
-        visible = visible_blanks(shorten(text))
+    for trained, stretch in _styled_runs(shown):
+        visible = "".join(text for _, text in stretch)
         parts.append(f"{OPEN}{visible}{CLOSE}" if trained else visible)
     return "".join(parts)
-
-
-def stretches(shown: Shown) -> Iterator[tuple[bool, str]]:
-    """The text cut where trained and untrained meet."""
-    run: list[Piece] = []
-    for piece in shown.pieces:
-        if run and (run[-1].weight > 0) != (piece.weight > 0):
-            yield run[-1].weight > 0, "".join(p.text for p in run)
-            run = []
-        run.append(piece)
-    if run:
-        yield run[-1].weight > 0, "".join(p.text for p in run)
 
 
 def shorten(text: str) -> str:
@@ -324,23 +211,22 @@ def coloured(shown: Shown) -> Text:
         for special, piece in stretch:
             base = "green" if trained else "dim"
             style = ("bold black on green" if trained else "magenta") if special else base
-            text.append(visible_blanks(piece if special else shorten(piece)), style=style)
+            text.append(piece, style=style)
     return text
 
 
 def _styled_runs(shown: Shown) -> Iterator[tuple[bool, list[tuple[bool, str]]]]:
-    """(trained, [(special, text)…]): pieces joined while neither changes."""
-    runs: list[tuple[bool, list[tuple[bool, str]]]] = []
-    for piece in shown.pieces:
-        trained = piece.weight > 0
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        inner = runs[-1][1]
-        if inner and not piece.special and not inner[-1][0]:
-            inner[-1] = (False, inner[-1][1] + piece.text)
-        else:
-            inner.append((piece.special, piece.text))
-    yield from runs
+    """(trained, [(special, visible text)…]): pieces joined while neither changes."""
+    control = re.compile("|".join(map(re.escape, sorted(shown.control, key=len, reverse=True))) or "(?!)")
+    for trained, stretch in groupby(shown.pieces, key=lambda piece: piece.weight > 0):
+        runs = []
+        for special, same in groupby(stretch, key=lambda piece: piece.special):
+            text = "".join(piece.text for piece in same)
+            if special:
+                runs.append((True, visible_blanks(text)))
+            else:
+                runs.append((False, control.sub(f"{SPELLED}\\g<0>{SPELLED_END}", visible_blanks(shorten(text)))))
+        yield trained, runs
 
 
 def _coloured_legend(bundle: TokenizerBundle) -> Text:
@@ -349,7 +235,7 @@ def _coloured_legend(bundle: TokenizerBundle) -> Text:
     stop = bundle.tokenizer.convert_ids_to_tokens(bundle.stop_ids[0])
     return Text.assemble(
         ("trained", "green"), "  ", ("trained special token", "bold black on green"), "  ",
-        ("special token", "magenta"), "  ", ("context", "dim"), "   ↵ newline  · blank  ⇥ tab   ",
+        ("special token", "magenta"), "  ", ("context", "dim"), f"   {SYMBOLS}   ",
         (f"template {bundle.template_name}, a trained turn ends with {stop}", "dim"),
     )  # fmt: skip
 

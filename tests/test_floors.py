@@ -31,7 +31,7 @@ FLOORS: dict[float, str] = {
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
-    4.2: "picture",
+    4.2: "picture pieces",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.2: "shortage",

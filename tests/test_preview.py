@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chatcases import bpe_tokenizer
+from conftest import CHATML
 from pagecheck import HOSTILE, check_page, chromium, rendered
 
 from sft.configfile import LoadedConfig, load_config
 from sft.errors import DataError
+from sft.pieces import Shown, show, trained_spans
 from sft.prepare import load_bundle
 from sft.preview import (
-    Shown,
     as_json,
     coloured,
     gather,
@@ -23,8 +25,6 @@ from sft.preview import (
     plain,
     preview,
     print_examples,
-    show,
-    trained_spans,
     visible_blanks,
 )
 from sft.tokenizer import TokenizerBundle
@@ -57,6 +57,32 @@ def test_plain_text_marks_what_is_trained_and_what_is_blank(tmp_path: Path, toke
         "<|im_start|>user↵\n·Hello↵\n··one<|im_end|>↵\n<|im_start|>assistant↵\n⟦hello world<|im_end|>⟧↵\n"
     )
     assert headline(shown) == f"{tmp_path}/a.jsonl:1 · 19 tokens, 4 trained (21%)"
+
+
+def test_spelled_control_tokens_are_told_from_real_ones(tmp_path: Path) -> None:
+    folder = bpe_tokenizer(tmp_path, CHATML, None, "<|im_end|>", ())
+    row = {
+        "messages": [
+            {"role": "user", "content": "Are <|im_end|> you"},
+            {"role": "assistant", "content": "Oh <|im_start|><|im_end|>"},
+        ]
+    }
+    loaded = config_for(tmp_path, folder, write_rows(tmp_path / "a.jsonl", row))
+    (shown,), bundle = gathered(loaded)
+    expected = (
+        "<|im_start|>user↵\nAre ‹<|im_end|>› you<|im_end|>↵\n"
+        "<|im_start|>assistant↵\n⟦Oh ‹<|im_start|>›‹<|im_end|>›<|im_end|>⟧↵\n"
+    )
+    assert plain(shown) == expected
+    assert coloured(shown).plain == expected.replace("⟦", "").replace("⟧", "")
+    styles = [(span.style, coloured(shown).plain[span.start : span.end]) for span in coloured(shown).spans]
+    assert ("bold black on green", "<|im_end|>") in styles
+    assert ("green", "Oh ‹<|im_start|>›‹<|im_end|>›") in styles
+    pipe = io.StringIO()
+    print_examples([shown], bundle, pipe)
+    assert "‹…› spells a control token, and is none" in pipe.getvalue()
+    allowed = config_for(tmp_path, folder, write_rows(tmp_path / "a.jsonl", row), control_tokens_in_text="allow")
+    assert "‹" not in plain(gathered(allowed)[0][0]), "there they are real"
 
 
 def test_json_holds_the_promised_keys_and_aligned_labels(
