@@ -17,7 +17,7 @@ from sft.data.order import conversations_per_epoch
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DeviceError, ResumeError, SftError
-from sft.resume import RunState, check_continuation, fingerprint
+from sft.resume import RunState, check_continuation, fingerprint, named_only
 from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import Plan, plan
@@ -102,7 +102,10 @@ def open_run(
         _refuse_strangers_files(folder)
         return {"checkpoint": None, "state": RunState(0, fingerprint=print_of_run).as_dict(), "is_done": False}
     state = RunState.from_dict(read_json(checkpoint / "state.json"))
-    consents = check_continuation(state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path))
+    consents = check_continuation(
+        state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path),
+        named=named_only(loaded.config), say=say,
+    )  # fmt: skip
     state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
     ended = folder.read_status().get("state") == "done" and folder.final.is_dir()
     stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
@@ -136,12 +139,16 @@ def make_plan(config: Config, data: Prepared) -> Plan:
 
 def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
     return fingerprint(
-        config, data_digest=data_digest(data.train), tokenizer_digest=bundle.digest, total_steps=total_steps
+        config,
+        data_digest=data_digest(data.train),
+        eval_digest=data_digest(data.eval) if data.eval is not None else None,
+        tokenizer_digest=bundle.digest,
+        total_steps=total_steps,
     )
 
 
 def data_digest(split: Split) -> str:
-    """Of every token and weight that is trained on, in the order of the data."""
+    """Of every token and weight of a split, in the order of the data."""
     hasher = hashlib.sha256(split.repeats_C.tobytes())
     for index in range(split.num_examples):
         example = split.example(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ FREE_PREFIXES = (
 LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.
 BY_CONTENT = ("data.train", "data.eval")
+EVAL_CONTENT = "data.eval.content"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,24 @@ class RunState:
         return RunState(**values)
 
 
-def fingerprint(config: Config, *, data_digest: str, tokenizer_digest: str, total_steps: int) -> dict[str, Any]:
+def fingerprint(
+    config: Config, *, data_digest: str, eval_digest: str | None, tokenizer_digest: str, total_steps: int
+) -> dict[str, Any]:
     """Everything that decides the trajectory, by dotted key. Length counts only where the schedule decays."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     kept = {key: value for key, value in flat.items() if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))}
     if config.optim.schedule != "constant":
         kept["train.steps"] = total_steps
-    return {**kept, "data.content": data_digest, "tokenizer": tokenizer_digest}
+    return {**kept, "data.content": data_digest, EVAL_CONTENT: eval_digest, "tokenizer": tokenizer_digest}
+
+
+def named_only(config: Config) -> tuple[str, ...]:
+    """Keys of the fingerprint whose change is said and not refused: held-out rows that only draw a curve.
+
+    Where they choose the best checkpoint or the last step, they decide what the run ends with.
+    """
+    decides = config.save.best is not None or config.train.early_stopping is not None
+    return () if decides else (EVAL_CONTENT,)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -59,11 +71,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def check_continuation(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, allowed: Sequence[str], run_dir: str
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    allowed: Sequence[str],
+    run_dir: str,
+    named: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """The consents that this continuation records. ResumeError lists every change without consent."""
+    """The consents that this continuation records; what changed of `named` keys is among them, and said.
+
+    ResumeError lists every other change without consent.
+    """
     changed = differences(old, new)
-    refused = {key: pair for key, pair in changed.items() if not _under(key, allowed)}
+    for key in (key for key in named if key in changed):
+        was, now = (_shown(value) for value in changed[key])
+        say(f"note: {key} changed since this run began ({was} -> {now}): scores from here on are of other rows")
+    refused = {key: pair for key, pair in changed.items() if not _under(key, (*allowed, *named))}
     if refused:
         lines = "\n".join(f"  {key}: {_shown(was)} -> {_shown(now)}" for key, (was, now) in refused.items())
         flags = " ".join(f"--allow-change {key}" for key in refused)

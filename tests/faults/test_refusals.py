@@ -93,6 +93,38 @@ def test_changed_files_are_refused(tmp_path: Path, change: Callable[[Job, Path],
     assert key in outcome.output
 
 
+def held_out_rows(job: Job, folder: Path, word: str) -> list[str]:
+    """Overrides for held-out rows of their own, one word of which is `word`."""
+    folder.mkdir(exist_ok=True)
+    some = rows(4, seed=1)
+    some[2]["messages"][0]["content"] += f" {word}"
+    write_rows(folder / "eval.jsonl", some)
+    return [f"data.eval=[{{path: {folder / 'eval.jsonl'}}}]"]
+
+
+@pytest.mark.parametrize(
+    "decided_by",
+    [
+        "",
+        "save.best=eval.loss",
+        pytest.param("train.early_stopping={metric: eval.loss, patience: 9}", marks=pytest.mark.slow),
+    ],
+)
+def test_changed_held_out_rows_are_refused_where_they_decide_and_named_where_not(
+    tmp_path: Path, decided_by: str
+) -> None:
+    job = Job(tmp_path / "job", *([decided_by] if decided_by else []))
+    job.overrides += held_out_rows(job, tmp_path / "one", "sure")
+    assert job.run(faults=[fault(STEP, 3, "SIGTERM")]).codes == [75]
+    outcome = job.run(*held_out_rows(job, tmp_path / "other", "friendly"))
+    assert "data.eval.content" in outcome.output
+    assert outcome.codes == [2 if decided_by else 0], outcome.output
+    if decided_by:
+        job.train(*held_out_rows(job, tmp_path / "other", "friendly"), "--allow-change", "data.eval")
+    consents = json.loads((job.checkpoints[0] / "state.json").read_text())["consents"]
+    assert [consent["key"] for consent in consents] == ["data.eval.content"]
+
+
 def test_intervals_and_paths_may_change(tmp_path: Path) -> None:
     """Another run folder, another place of the same data, other intervals: the same training."""
     job = copy_of(stopped_at(3), tmp_path, "save.every=3", "save.keep=1", "log.every=1", "eval.samples=1")
