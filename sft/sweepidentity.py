@@ -12,7 +12,7 @@ from typing import Any
 from sft.sweepfile import LoadedSweep
 
 # Another launcher, more workers, a longer list of trials change nothing that was measured.
-_FREE = ("run.dir", "log", "save")
+_FREE = ("run.dir", "run.threads", "log", "save")
 
 
 def fingerprint(loaded: LoadedSweep) -> dict[str, str]:

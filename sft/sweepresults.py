@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sft.sweepfile import LoadedSweep
 from sft.sweepreport import write_sweep_report
 from sft.sweeprun import trial_folder
 from sft.sweepspace import value_of
+from sft.trial import num_processes
 from sft.yamltree import dotted, flow, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -78,8 +80,15 @@ class Results:
         assert best.value is not None
         lines.append(f"best       trial {best.trial}: {self.loaded.spec.metric} {best.value:.6g}")
         lines += [f"             {key} {_short(value)}" for key, value in best.values.items()]
-        lines += [f"config     {folder}/best.yaml      train it: sft train {folder}/best.yaml"]
+        lines += [f"config     {folder}/best.yaml      train it: {train_line(self.loaded)}"]
         return [*lines, f"report     {folder}/report.html", f"table      {folder}/trials.csv"]
+
+
+def train_line(loaded: LoadedSweep) -> str:
+    """The command that repeats the best trial: behind the launch prefix where that starts several processes."""
+    launch, file = loaded.spec.launch, (loaded.dir / "best.yaml").as_posix()
+    several = num_processes(launch) > 1
+    return shlex.join([*launch, "-m", "sft", "train", file] if several else ["sft", "train", file])
 
 
 def _short(value: Any) -> str:
@@ -163,8 +172,9 @@ def best_config(loaded: LoadedSweep, best: TrialRow) -> str:
     config = loaded.config_for({**best.values, **extra}, run_dir, origin=point)
     origins = {**config.origins, **dict.fromkeys(extra, f"what auto became in {point}")}
     head, _, rest = dump_config(replace(config, origins=origins)).partition("\n")
-    note = f"# Best of {loaded.dir.as_posix()}: trial {best.trial}, {loaded.spec.metric} {best.value:.6g}."
-    return f"{head}\n{note} It runs as it is: sft train {(loaded.dir / 'best.yaml').as_posix()}\n{rest}"
+    seeds = f" (mean of {loaded.spec.repeats} seeds)" if loaded.spec.repeats > 1 else ""
+    note = f"# Best of {loaded.dir.as_posix()}: trial {best.trial}, {loaded.spec.metric} {best.value:.6g}{seeds}."
+    return f"{head}\n{note} It runs as it is: {train_line(loaded)}\n{rest}"
 
 
 def resolved_values(config_file: Path) -> dict[str, Any]:
@@ -192,6 +202,7 @@ def _summary(results: Results, importances: Mapping[str, float]) -> dict[str, An
         "dir": loaded.dir.as_posix(),
         "file": loaded.path.as_posix(),
         "config": spec.config,
+        "train": train_line(loaded),
         "metric": spec.metric,
         "direction": loaded.direction,
         "sampler": spec.sampler,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_sweep import here, run, start, table, wait_for  # noqa: F401
 
+from sft.configfile import load_config
 from sft.runfolder import read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -77,7 +78,8 @@ def test_killed_twice_and_the_winner_repeats_exactly(prepared):
         steps = [event["step"] for event in read_events(Path(row["run"], "metrics.jsonl")) if event["event"] == "train"]
         assert steps == list(range(1, len(steps) + 1))
     best = min(complete, key=lambda row: float(row["value"]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert load_config("sw/best.yaml").config.run.threads == 1
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}  # the recorded number counts, not the command's
     subprocess.run([sys.executable, "-m", "sft", "train", "sw/best.yaml"], env=env, check=True, capture_output=True)
     assert last_loss("sw/best") == float(best["value"])
 

@@ -43,6 +43,7 @@ TRIALS = [
 def write(folder: Path, trials: list[dict[str, Any]], best: int | None, **changes: Any) -> str:
     sweep = {
         "name": "x", "dir": "sweeps/x", "file": "sweep.yaml", "config": "base.yaml", "metric": "eval.loss",
+        "train": "sft train sweeps/x/best.yaml",
         "direction": "minimize", "sampler": "tpe", "pruner": "median", "repeats": 1, "workers": 2, "total": len(trials),
         "space": SPACE, "trials": trials, "best": best, "base": 0,
         "importances": {"optim.lr": 0.75, "model.tuning": 0.25},

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from sft.errors import DeviceError, ResumeError
 from sft.sweepfile import load_sweep
+from sft.sweepresults import train_line
 from sft.sweepstorage import JOURNAL, JournalFile, open_storage
 from sft.sweepstore import SweepStore, open_store
 
@@ -308,8 +309,20 @@ def test_a_changed_sweep_is_refused_with_the_differences():
 
 def test_what_changes_no_result_may_change():
     store()
-    Path("base.yaml").write_text(BASE + "log: {every: 5}\nsave: {keep: 1}\n")
+    Path("base.yaml").write_text(BASE + "log: {every: 5}\nsave: {keep: 1}\nrun: {threads: 2}\n")
     assert store(SWEEP, "trials=12", "workers=4", "launch=[nice]", "lease=9", "timeout=60").loaded.total == 12
+
+
+def test_the_line_that_trains_the_best_is_behind_the_launcher_of_its_ranks():
+    lines = {
+        "[]": "sft train sw/best.yaml",
+        "[nice, -n, '10']": "sft train sw/best.yaml",
+        "[accelerate, launch, --num_processes, '2']": "accelerate launch --num_processes 2 -m sft train sw/best.yaml",
+        "[torchrun, --nproc-per-node=2]": "torchrun --nproc-per-node=2 -m sft train sw/best.yaml",
+    }
+    Path("sweep.yaml").write_text(SWEEP)
+    for launch, line in lines.items():
+        assert train_line(load_sweep("sweep.yaml", [f"launch={launch}"])) == line
 
 
 def test_a_study_of_somebody_else_is_not_ours():
