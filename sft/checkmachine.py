@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import DeviceError, SftError
-from sft.memory import Memory, estimate, model_shape
+from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
 from sft.picture import Picture
 from sft.runfolder import RunFolder
 from sft.space import check_space, free_bytes
 
-CPU_MICRO_TOKENS = 4096  # what `batch.micro_tokens: auto` takes on a CPU
 CHECKPOINT_FACTOR = 3  # a checkpoint holds the trained weights and two moments of each
 
 
@@ -184,7 +183,7 @@ def _micro_tokens(picture: Picture, kind: str) -> int:
     lengths_E = picture.prepared.train.lengths_E
     longest = int(lengths_E.max())
     step = int(lengths_E.mean() * picture.config.batch.examples) + 1
-    return longest if kind == "cuda" else max(longest, min(step, CPU_MICRO_TOKENS))
+    return longest if kind == "cuda" else max(longest, min(step, CPU_MICRO_TOKENS[picture.config.model.tuning]))
 
 
 def _judge_memory(picture: Picture, memory: Memory, available: int, devices: int) -> None:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
     from sft.trainee import Trainee
 
-MICRO_TOKENS = {"cuda": 16384}  # of one forward pass where the config says auto
-CPU_MICRO_TOKENS = 4096
+MICRO_TOKENS = {"cuda": 16384, "cpu": 4096}  # of one forward pass where the config says auto
 
 
 def evaluate_path(loaded: LoadedConfig, model: str, as_json: bool = False) -> int:
@@ -65,7 +64,7 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     trainee, flat_rows = load(loaded, model, bundle, state.device, say)
     micro_tokens = config.batch.micro_tokens
     if micro_tokens == "auto":
-        micro_tokens = MICRO_TOKENS.get(state.device.type, CPU_MICRO_TOKENS)
+        micro_tokens = MICRO_TOKENS.get(state.device.type, MICRO_TOKENS["cpu"])
     scores = score_split(
         trainee, prepared.eval, bundle, state.device,
         rank=state.process_index, ranks=state.num_processes, micro_tokens=micro_tokens, flat_rows=flat_rows,

@@ -23,6 +23,7 @@ from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes,
 from sft.heap import keep_freed_memory
 from sft.hush import hush_libraries
 from sft.isolation import compare, head_is_exact
+from sft.memory import CPU_MICRO_TOKENS
 from sft.model import (
     add_adapter,
     count_parameters,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 GROUP_TIMEOUT = timedelta(minutes=30)
 AUTO_SHARE = 0.85  # of the free memory: steps differ, and so do their gaps
-CPU_MICRO_TOKENS = 4096  # beyond a few thousand tokens a CPU's matrix products gain nothing
 
 
 @dataclass
@@ -171,6 +171,7 @@ def build_trainee(
             trained_token_ids=rows["trained_ids"],
             adapter=str(checkpoint / "model") if checkpoint else config.model.adapter,
             trained_dtype=kinds.trained,
+            revision=config.model.revision,
         )
         follow_inputs(model)
     trainee = Trainee(
@@ -325,7 +326,7 @@ def choose_micro_tokens(job: Job, config: Config, longest: int, step_tokens: int
     if config.batch.micro_tokens != "auto":
         return int(config.batch.micro_tokens)
     if job.device.type != "cuda":
-        return max(longest, CPU_MICRO_TOKENS)
+        return max(longest, CPU_MICRO_TOKENS[config.model.tuning])
     attempt = step_memory(job, config, longest)
 
     def together(tokens: int) -> Used | None:
