@@ -255,7 +255,7 @@ def upload(folder: Path, repo: str) -> str:
         address = str(api.create_repo(repo, exist_ok=True, private=True))
         api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message="Upload the exported model")
     except (HfHubHTTPError, RepositoryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
             f"--push {repo}: the hub refused: {first}. The export itself is whole, in {folder}: "
             f"check name and token, then `hf upload {repo} {folder}`."

@@ -83,8 +83,9 @@ def _saved_dtype(session: Session) -> torch.dtype | None:
 
     from sft.gguf import model_source
 
+    base = session.config.model
     dtype = AutoConfig.from_pretrained(
-        model_source(session.config.model.name), trust_remote_code=session.config.model.trust_remote_code
+        model_source(base.name), revision=base.revision, trust_remote_code=base.trust_remote_code
     ).dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)

@@ -137,18 +137,23 @@ def add_adapter(
     trained_token_ids: Sequence[int] = (),
     adapter: str | None = None,
     trained_dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
 ) -> Any:
     """The model with a fresh adapter, or with the trained one at `adapter` to continue from.
 
     `trained_token_ids`: rows of the embedding (and of an untied head) that are trained beside the adapter.
+    `revision`: of the base model, which the adapter names so that it is put on the same one again.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        return _continue_adapter(model, adapter, PeftModel, trained_dtype)
+        continued = _continue_adapter(model, adapter, PeftModel, trained_dtype)
+        continued.peft_config["default"].revision = revision
+        return continued
     torch.manual_seed(seed)  # the adapter's first weights depend on the seed alone
     config = LoraConfig(
         task_type="CAUSAL_LM",
+        revision=revision,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

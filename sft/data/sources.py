@@ -25,6 +25,7 @@ __all__ = ["BadRow", "Row", "file_of", "read_rows", "source_files", "source_fing
 
 HEAD_ROWS = 100
 """A column that none of the first rows has does not exist."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -161,13 +162,56 @@ def _load_hub(path: str, split: str, subset: str | None, revision: str | None) -
     try:
         data = datasets.load_dataset(path, name=subset, split=split, revision=revision, streaming=False)
     except Exception as error:  # datasets raises its own, HTTP's, the hub's and the file system's errors
-        reason = (str(error).splitlines() or [""])[0][:300]
+        asked = ", ".join(
+            f"{name} '{value}'"
+            for name, value in (("split", split), ("subset", subset), ("revision", revision))
+            if value
+        )
+        told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        reason = " ".join(str(told or error).split("Example of usage")[0].split())[:300].rstrip(".")
         raise DataError(
-            f"{path}: is no file here, and as a dataset of the hub (split '{split}', subset {subset}, revision "
-            f"{revision}) it cannot be loaded: {type(error).__name__}: {reason}. Check path, split, subset, revision, "
-            "the network, and HF_TOKEN for a private dataset; or download it and name the files"
+            f"{path}: there is no such file here, and of the hub's dataset ({asked}) this is said: "
+            f"{reason or type(error).__name__}. {_hub_cure(path, reason)}"
         ) from error
+    if revision is not None and datasets.config.HF_HUB_OFFLINE:
+        _require_cached_revision(data, path, revision)
     return data
+
+
+def _hub_cure(path: str, reason: str) -> str:
+    cures = {
+        "Unknown split": "Set split to one of them",
+        "BuilderConfig": "Set subset to one of them",
+        "Config name is missing": "Set subset to one of them",
+        "config": "Set subset to one of them, or connect to the hub",  # of the configs in the cache, offline
+        "gated": "Ask for access on its page, then log in (hf auth login, or HF_TOKEN in the environment)",
+        "Revision": "Set revision to a branch, tag or commit that it has",
+        "doesn't exist": "Check the name; a private dataset needs a login (hf auth login, or HF_TOKEN)",
+        "Couldn't reach": "Connect to the hub; or, where there is a network, run "
+        f"'hf download --repo-type dataset {path} --local-dir DIR', and give DIR as path",
+        "JSON parse error": "Its rows do not fit one table: download them ('hf download --repo-type dataset "
+        f"{path} --local-dir DIR') and give DIR as path, where each row is read by itself",
+        "scripts are no longer supported": "Look for a revision with Parquet files (refs/convert/parquet), or download "
+        "its rows and name the files",
+    }
+    found = (cure for said, cure in cures.items() if said in reason)
+    return next(found, "Check path, split, subset, revision and the network; or download it and name the files")
+
+
+def _require_cached_revision(data: Any, path: str, revision: str) -> None:
+    """Offline, `datasets` serves the version it prepared last, whatever revision was asked for."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    reference = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="dataset"), "refs", revision)
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    prepared = {part for file in data.cache_files for part in Path(file["filename"]).parts if _COMMIT.fullmatch(part)}
+    if commit not in prepared:
+        held = f"commit {prepared.pop()}" if prepared else "a version that names no commit"
+        raise DataError(
+            f"{path}: revision '{revision}' cannot be had without the hub: of its local cache, datasets serves {held}. "
+            "Connect, or set revision to that commit"
+        )
 
 
 def _read_hub(path: str, split: str, subset: str | None, revision: str | None) -> Rows:
