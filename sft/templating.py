@@ -5,19 +5,27 @@ Nothing here knows tokens. `render` gives what `apply_chat_template(tokenize=Fal
 
 from __future__ import annotations
 
+import mmap
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from sft.errors import SftError, TemplateError
 
 RENDER_SECONDS = 30.0  # a row, or a batch of them; a chat of a hundred thousand turns takes a few
-MAX_CHARACTERS = 256 << 20
+RENDER_BYTES = 2 << 30  # of address space that rendering may take; a row of five megabytes takes some dozens
+MAX_CHARACTERS = 128 << 20
+
+Limits = tuple[int, int]
+rendering: ContextVar[tuple[Limits, Limits] | None] = ContextVar("rendering", default=None)
+"""Limits (soft, hard) of the address space of this process: while a template renders, and else."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -28,27 +36,62 @@ class TemplateTimeout(SftError):
 
 @contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Raise TemplateTimeout in the block after `seconds`. Does nothing outside a main thread, where no signal arrives.
+    """Raise TemplateTimeout in the block after `seconds`, and bound the memory of what it renders.
 
-    A timer of somebody else (pytest-timeout's) is put back with what is left of its time.
+    Does nothing outside a main thread, where no signal arrives. A signal is heard between two steps of Python; one step
+    that would take long (`'a' * 10 ** 11`) takes memory as well, and fails for want of it. A timer of somebody else
+    (pytest-timeout's) is put back with what is left of its time.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
+    import resource
+
     def ring(signum: int, frame: object) -> None:
-        raise TemplateTimeout(f"{what} ran longer than {seconds:g} s and was stopped. Look for a loop without end.")
+        raise Rung
 
     handler = signal.signal(signal.SIGALRM, ring)
-    started = time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started, limits = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should a finaliser swallow the first
+    token = rendering.set(tighter(limits))
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            rendering.reset(token)
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+            if left:
+                signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
+    except Rung:
+        detail = f"{what} ran longer than {seconds:g} s and was stopped. Look for a loop without end."
+        raise TemplateTimeout(detail) from None
+
+
+class Rung(BaseException):
+    """The time is up. No Exception, since Jinja drops those that come while it computes a template's constants."""
+
+
+def address_space() -> int:
+    """Bytes of address space that this process has."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * mmap.PAGESIZE
+
+
+def tighter(limits: Limits) -> tuple[Limits, Limits] | None:
+    """Limits that leave RENDER_BYTES to rendering, and those to go back to; None where the system tells no size."""
+    if not Path("/proc/self/statm").exists():
+        return None
+    most = min(limit for limit in (address_space() + RENDER_BYTES, *limits) if limit >= 0)  # -1: unlimited
+    return (most, limits[1]), limits
+
+
+def limit_address_space(limits: Limits) -> None:
+    """Allocations beyond it fail with MemoryError."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def pin_clock(template: str, now: datetime) -> str:
@@ -115,7 +158,10 @@ class ChatTemplate:
         template = template or (self.with_tools if tools else self.text)
         if self.parts:
             conversations = [[in_parts(message) for message in messages] for messages in conversations]
+        limits = rendering.get()
         try:
+            if limits:
+                limit_address_space(limits[0])
             rendered: Any = render_jinja_template(
                 conversations=[list(map(dict, messages)) for messages in conversations],
                 tools=list(map(dict, tools)) or None,
@@ -128,6 +174,9 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything: it is a program
             raise TemplateError(describe(error)) from error
+        finally:
+            if limits:
+                limit_address_space(limits[1])
         texts: list[str] = rendered[0]
         for text in texts:
             if len(text) > MAX_CHARACTERS:
@@ -146,6 +195,8 @@ def describe(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     where = f" (line {line} of the template)" if line else ""
     name = type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"it takes more than {RENDER_BYTES >> 30} GiB of memory"
     text = str(error).strip() or "no message"
     return f"{text}{where}" if name == "TemplateError" else f"{name}: {text}{where}"
 
@@ -170,6 +221,8 @@ def parse(template: str) -> Any:
         return environment.parse(template)
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise TemplateError(f"the chat template is not valid Jinja: {describe(error)}") from error
+    except RecursionError as error:
+        raise TemplateError("the chat template nests too deep") from error
 
 
 def literals(template: str) -> str:

@@ -232,7 +232,15 @@ def test_pinning_changes_nothing_but_the_clock(start: str) -> None:
         "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
         "{% for i in range(10 ** 12) %}x{% endfor %}",
         "{{ namespace.__init__.__globals__ }}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ ([1] * 10 ** 12) | length }}",
+        "{{ 'a'.ljust(10 ** 12) | length }}",
+        "{{ '%999999999999d' % 1 }}",
+        "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 6) | length }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}",
     ],
+    ids=lambda template: template[:40],
 )
 def test_hostile_templates_are_refused(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -248,6 +256,31 @@ def test_a_template_without_end_is_stopped() -> None:
         chat.render([PIRATE], generation_prompt=False)
     assert time.monotonic() - started < 5
     assert issubclass(TemplateTimeout, SftError)
+
+
+def test_constants_that_take_for_ever_to_compute_are_stopped() -> None:
+    """Jinja computes constants while it compiles, and drops every Exception that comes."""
+    chat = ChatTemplate(*["{{ ('a' * 10 ** 7) | wordwrap(1) | length }}"] * 2)
+    started = time.monotonic()
+    with pytest.raises(TemplateTimeout), deadline(0.3, "the chat template"):
+        chat.render([PIRATE], generation_prompt=False)
+    assert time.monotonic() - started < 5
+
+
+def test_memory_is_bounded_while_a_template_renders_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr("sft.templating.RENDER_BYTES", 256 << 20)
+    doubled = "{% for i in range(n) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}"
+    text = "{% set ns = namespace(a='aaaaaaaa') %}" + doubled
+    with deadline(30, "the chat template"):
+        assert len(ChatTemplate(text, text, {"n": 10}).render([PIRATE], generation_prompt=False)[0]) == 8 << 10
+        with pytest.raises(TemplateError, match=r"takes more than .* GiB of memory"):
+            ChatTemplate(text, text, {"n": 30}).render([PIRATE], generation_prompt=False)
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
+        assert len(bytes(512 << 20)) == 512 << 20, "what is no template's is not bounded"
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_the_deadline_gives_somebody_else_s_timer_back() -> None:

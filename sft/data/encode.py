@@ -253,7 +253,7 @@ class Encoder:
 
     def by_markers(self, work: Work, turn: Turn, notes: list[Note]) -> bool:
         """Whether the template's own markers, if any, let this turn be trained; what they leave out of it is kept."""
-        if turn.marking is None:
+        if turn.marking is None or turn.marking.covers(turn.answer):
             return True
         stop = self.renderer.check.stop_of(turn.answer) if turn.closed else ""
         verdict = marked_turn(turn.marking, turn.answer, stop, turn.message, work.sample)

@@ -31,6 +31,10 @@ class Marking:
     inside: tuple[Stretch, ...]
     outside: str
 
+    def covers(self, answer: str) -> bool:
+        """Whether the answer is marked, and nothing else."""
+        return self.inside == ((0, len(answer)),) and not self.outside
+
 
 def marking(whole: MarkedText, start: int, answer: str) -> Marking | None:
     """How the marks lie to the answer that begins at `start`. An empty stretch counts: it marks an empty answer."""
