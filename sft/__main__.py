@@ -18,6 +18,7 @@ import typer
 
 from sft import __version__
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, ConfigError, SftError, Stopped
+from sft.hush import hush_progress_bars
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -317,6 +318,7 @@ def main() -> None:
     if dashed:
         print(f"error: {dashed[0]}: overrides are written without dashes: optim.lr=1e-4", file=sys.stderr)
         sys.exit(EXIT_USER)
+    hush_progress_bars()
     app(prog_name="sft")
 
 

@@ -9,9 +9,13 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sft.durable import flush_to_disk
 from sft.errors import ModelError
 
 PACKAGE_PREFIX = "pkg://"
@@ -76,20 +80,44 @@ def _converted(file: Path, part: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent))
-    try:
-        _save_tokenizer(file, staging)
-        if part == "model":
-            _save_model(file, staging)
-        # Several processes may convert at once: the first rename wins, the others' work is dropped.
+    with _alone(folder) as locked:
+        if folder.is_dir():
+            return folder
+        for left in folder.parent.glob(f".{part}-*") if locked else ():  # of processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent))
         try:
-            staging.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            _save_tokenizer(file, staging)
+            if part == "model":
+                print(f"{file.name}: converted once, into {folder}", file=sys.stderr, flush=True)
+                _save_model(file, staging)
+            for written in (*staging.iterdir(), staging):
+                flush_to_disk(written)
+            # Where there are no locks, several may get here: the first rename wins, the others' work is dropped.
+            try:
+                staging.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """One process of this machine converts; the others wait for it, and find the folder. False: there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on this platform
+        yield False
+        return
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
+        locked = False
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        yield locked
 
 
 def _save_tokenizer(file: Path, folder: Path) -> None:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from typing import Any
+
+
+def hush_progress_bars() -> None:
+    """No progress bars of libraries where there is no terminal to draw them on. Call before any of them is imported:
+    they read this once."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def hush_libraries() -> None:
