@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
 
 LONGEST_GROUP = 12  # tokens that one visible character may need
-BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
+BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character; some write nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
     start = 0
     while start < len(ids):
         end, text = start + 1, texts[start]
-        if BROKEN in text:
+        if BROKEN in text or (not text and ids[start] not in special):
             end, text = _whole_character(tokenizer, ids, weights, start) or (end, text)
         yield Piece(text, tuple(ids[start:end]), weights[start], ids[start] in special)
         start = end
@@ -111,10 +111,11 @@ def _whole_character(
     tokenizer: Any, ids: Sequence[int], weights: Sequence[float], start: int
 ) -> tuple[int, str] | None:
     """(end, text) of the shortest group from `start` that decodes to whole characters and is weighed alike."""
+    special = tokenizer.added_tokens_decoder
     for end in range(start + 2, min(start + LONGEST_GROUP, len(ids)) + 1):
-        if weights[end - 1] != weights[start]:
+        if weights[end - 1] != weights[start] or ids[end - 1] in special:
             return None
         text = texts_of(tokenizer, ids, [(start, end)])[0]
-        if BROKEN not in text:
+        if text and BROKEN not in text:
             return end, text
     return None

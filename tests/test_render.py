@@ -21,6 +21,7 @@ from sft.data.encode import Encoder, EncodeSettings
 from sft.data.locality import NotLocal, local_template, prove
 from sft.data.render import Renderer, message_dicts
 from sft.errors import TemplateError
+from sft.pieces import show
 from sft.templating import generation_markers
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation
@@ -137,6 +138,52 @@ def test_tokenizers_in_the_style_of_sentencepiece(tmp_path: Path, name: str, kin
         verdict = judge(bundle.tokenizer, sample, encoder.encode(sample), set(bundle.stop_ids), blanks=False)
         assert not verdict.wrong, (shape, verdict)
         assert verdict.right or not verdict.accepted or shape == "tools", (shape, verdict)
+
+
+# -- tokenizers written in Python, which know no character offsets
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> TokenizerBundle:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    bundle = load_tokenizer(str(tmp_path))
+    assert not bundle.tokenizer.is_fast
+    return bundle
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "control_tokens"])
+def test_a_slow_tokenizer_gives_the_same_guarantees(slow: TokenizerBundle, shape: str) -> None:
+    sample = shapes("<|im_end|>")[shape]
+    encoded = Encoder(slow, EncodeSettings()).encode(sample)
+    spelled = any(note.reason == "control_tokens" for note in encoded.notes)
+    assert spelled == (shape == "control_tokens")
+    arguments = {"sanitize_control_tokens": True} if spelled else {}
+    verdict = judge(slow.tokenizer, sample, encoded, set(slow.stop_ids), **arguments)
+    assert verdict.right or (shape, verdict.reason) == ("tools", "tool_calls_not_rendered"), verdict
+    for example in encoded.examples:
+        seen = show(example, "a", slow)
+        assert "".join(piece.text for piece in seen.pieces) == seen.text
+        assert [token for piece in seen.pieces for token in piece.ids] == example.input_ids_T.tolist()
+
+
+def test_a_slow_tokenizer_that_loses_text_is_refused(slow: TokenizerBundle) -> None:
+    """Negative control: without offsets the proof by decoding is the only one, and it fires."""
+    from transformers import ByT5Tokenizer
+
+    class Lowering(ByT5Tokenizer):
+        def _tokenize(self, text: str) -> list[str]:
+            return list(super()._tokenize(text.lower()))
+
+    slow.tokenizer.__class__ = Lowering
+    encoder = Encoder(slow, EncodeSettings())
+    (note,) = encoder.encode(SHAPES["one_turn"]).notes
+    assert (note.action, note.reason) == ("refused", "unprovable")
+    assert "expected the trained tokens to decode to 'I am fine, thank you.<|im_end|>', found 'i am fine" in note.detail
 
 
 # -- templates that write one message after another
