@@ -132,14 +132,14 @@ class CheckpointStore:
         """`step` is the best so far: rotation leaves it. None lifts the protection."""
         self._protected = step
 
-    def save(self, step: int, write: Callable[[Path], None], *, then: Callable[[], None] | None = None) -> None:
-        """Publish `step`: `write(folder)` fills the folder, in a background thread, then `then()` is called there.
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Publish `step`: `write(folder)` fills the folder, in a background thread.
 
         Waits for (and raises the error of) the save before. What `write` reads must not change meanwhile: give it
         copies in host memory.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(step, write, then), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._run, args=(step, write), name=f"checkpoint-{step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -162,12 +162,10 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def _run(self, step: int, write: Callable[[Path], None], then: Callable[[], None] | None) -> None:
+    def _run(self, step: int, write: Callable[[Path], None]) -> None:
         try:
             self._publish(step, write)
             self._rotate(step)
-            if then is not None:
-                then()
         except BaseException as error:  # carried to the training thread, which raises it in wait() or poll()
             self._error = error
 

@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 
 
+class LostContact(RuntimeError):
+    """Another rank ended, so this one cannot go on. Not the cause: that rank says it, or the system's log does."""
+
+    said = True  # in one line, where it is raised, rather than with a traceback that points at the wrong place
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 

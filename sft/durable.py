@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Replace `path` by `value` as JSON, atomically and durably. NaN and infinities become strings."""
-    write_text(path, json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n")
+    """Replace `path` by `value` as JSON, atomically and durably. NaN and infinities become null."""
+    write_text(path, json.dumps(finite(value), indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,12 +81,12 @@ def cannot_write(path: Path, error: OSError) -> DeviceError:
     )
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: `nan` becomes "nan", `inf` "inf"."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
+def finite(value: Any) -> Any:
+    """`value` as JSON knows it: NaN and infinities become null, tuples lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

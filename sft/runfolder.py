@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft.durable import read_json, write_json
+from sft.durable import finite, read_json, write_json
 from sft.secrets import mask_secrets
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -82,7 +82,7 @@ class MetricsLog:
 
     def append(self, event: Mapping[str, Any]) -> None:
         with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(dict(event)), ensure_ascii=False) + "\n")
+            stream.write(json.dumps(finite(dict(event)), ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         return list(read_events(self._path))
@@ -112,14 +112,3 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities have no JSON: they become null."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value

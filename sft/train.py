@@ -23,6 +23,7 @@ from sft.distributed import leave, sum_over_ranks, wait_for_all
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
+from sft.meeting import Meeting
 from sft.model import resolve_precision
 from sft.opening import (
     Opening,
@@ -78,9 +79,12 @@ def _train(
 
     setup.set_up_libraries(config)
     date = pinned_date(folder, fresh)
-    with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
-        bundle, data = prepare_data(loaded, say_early, pinned_date=date)
-    plan = make_plan(config, data)
+    meeting = Meeting()
+    with meeting.announced():
+        with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
+            bundle, data = prepare_data(loaded, say_early, pinned_date=date)
+        plan = make_plan(config, data)
+        meeting.wait(stop.check)
     accelerator = setup.make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
     rank, is_first = accelerator.process_index, accelerator.is_main_process
     identity = run_fingerprint(config, data, bundle, plan.total_steps)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sft.distributed import gather
+from sft.distributed import LostContact, gather
 from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -97,12 +97,6 @@ def decide_on_nonfinite(session: Session, data: StepData, losses: Sequence[torch
 
 def _listed(rows: Sequence[str], most: int = 8) -> str:
     return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")
-
-
-class LostContact(RuntimeError):
-    """Another rank ended, so this one cannot go on. Not the cause: that rank says it, or the system's log does."""
-
-    said = True  # in one line, below, rather than with a traceback that points at the wrong place
 
 
 @contextmanager

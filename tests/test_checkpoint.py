@@ -174,11 +174,9 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
 def test_a_whole_checkpoint_is_not_written_again(tmp_path: Path) -> None:
     save(tmp_path, 10)
     before = (tmp_path / "step-00000010" / MANIFEST).stat().st_ino
-    done: list[int] = []
     store = CheckpointStore(tmp_path, 1)
-    store.save(10, write_state(10), then=lambda: done.append(10))
+    store.save(10, write_state(10))
     store.wait()
-    assert done == [10]
     assert (tmp_path / "step-00000010" / MANIFEST).stat().st_ino == before
 
 
@@ -329,7 +327,7 @@ def test_json_is_replaced_whole_and_knows_no_nan(tmp_path: Path) -> None:
         write_json(file, {"loss": object()})
     assert read_json(file) == {"loss": 1.0}
     write_json(file, {"loss": float("nan"), "x": [float("inf")], "text": "\ud800é"})
-    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {"loss": "nan", "x": ["inf"], "text": "?é"}
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {"loss": None, "x": [None], "text": "?é"}
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 

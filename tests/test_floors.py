@@ -22,7 +22,7 @@ FLOORS: dict[float, str] = {
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush heap data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
-    1.2: "configkeys unread schedule resume hub",
+    1.2: "meeting configkeys unread schedule resume hub",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
@@ -43,7 +43,7 @@ FLOORS: dict[float, str] = {
 
 # Answer at once, so they import without torch: floors 0 and 1 but for two files, the sweep and what it needs, and
 # the command line.
-HEAVY_BELOW_2 = {"loss", "attention", "distributed"}
+HEAVY_BELOW_2 = {"loss", "attention", "distributed", "meeting"}
 LIGHT_ABOVE = {"sweepspace", "sweepfile", "trial", "sweeprun", "sweep", "__main__"}
 
 

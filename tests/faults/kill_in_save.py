@@ -164,8 +164,9 @@ def child(root: Path, acknowledged: int, at: int, cut: str, variant: str) -> int
     killer.install()
     tick = killer.tick
     for step in LATER:
-        store.save(step, write, then=lambda step=step: os.write(acknowledged, bytes([step])) and None)  # type: ignore[misc]
-    store.wait()
+        store.save(step, write)
+        store.wait()
+        os.write(acknowledged, bytes([step]))
     count, killer.at = killer.count, -1
     return count
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Fault, Job, fault, shared
+from harness import Fault, Job, fault, rows, shared, write_rows
 
 from sft.checkpoint import step_of, verify
 
@@ -63,6 +63,37 @@ def test_a_second_signal_ends_at_once_and_leaves_the_older_checkpoint(tmp_path: 
     assert "ending at once" in outcome.output
     assert [step_of(path) for path in job.checkpoints] == [2]
     verify(job.checkpoints[0])
+
+
+PREPARE = "sft.data.loader:prepare"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("rank", "what"),
+    [
+        (1, "SIGTERM"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "SIGTERM"), (1, "raise"), (0, "raise"))),
+    ],
+)
+def test_before_there_is_a_group_no_rank_waits_for_one_that_left(tmp_path: Path, rank: int, what: str) -> None:
+    """One rank is stopped, or fails, while it prepares; the other is at the meeting, and hears of it."""
+    job = Job(tmp_path)
+    run = job.start(world=2, faults={rank: [fault(PREPARE, 1, what)]})
+    while any(run.forge.poll(pid) is None for pid in run.pids):  # no launcher helps: nobody is signalled
+        assert time.monotonic() - run.began < 90, [out.read_text() for out in run.outs]
+        time.sleep(0.05)
+    outcome = run.wait()
+    if what == "SIGTERM":
+        assert outcome.codes == [75, 75], outcome.output
+        assert f"SIGTERM (rank {rank}, while the data was prepared)" in outcome.outputs[1 - rank]
+        assert (job.status["state"], job.status["code"]) == ("stopped", 75)
+    else:
+        assert outcome.codes == [1, 1], outcome.output
+        assert outcome.output.count("Traceback") == 1
+        assert f"rank {rank} ended while it prepared the data" in outcome.outputs[1 - rank]
+    assert "Traceback" not in outcome.outputs[1 - rank]
+    job.train(world=2)
 
 
 TROUBLE: dict[str, tuple[Fault, str]] = {
@@ -133,6 +164,17 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(tmp_path: Path
     assert [step_of(path) for path in job.checkpoints] == [2]
 
 
+def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path: Path) -> None:
+    """Hashing and flushing of the first checkpoint never end; the steps go on until the next one is due."""
+    job = Job(tmp_path, "save.every=4")
+    run = job.start(faults=[fault("sft.checkpoint:_seal", 1, "stall")])
+    job.wait_for_step(8)
+    assert job.checkpoints == []
+    assert [path.name for path in (job.run_dir / "checkpoints").iterdir()] == [".staging-step-00000004"]
+    run.kill()
+    run.wait()
+
+
 def ranks_of(launcher: int) -> list[int]:
     """Processes below `launcher` that train."""
     import psutil
@@ -155,6 +197,34 @@ LAUNCHERS = {
     "accelerate, one": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
     "none": [],
 }
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_one_rank_that_prepares_under_torchrun(tmp_path: Path) -> None:
+    """Both ranks end with 75 well before torchrun would kill the one that was not signalled."""
+    write_rows(tmp_path / "data.jsonl", rows(40_000))
+    job = Job(tmp_path, f"data.train.0.path={tmp_path / 'data.jsonl'}")
+    command = [sys.executable, *LAUNCHERS["torchrun"], "-m", "sft", "train", str(job.config), *job.overrides]
+    environment = {**os.environ, "SFT_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
+    out = tmp_path / "out.txt"
+    with open(out, "w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, cwd=tmp_path)
+        try:
+            deadline = time.monotonic() + 90
+            while "format messages" not in out.read_text() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os.kill(ranks_of(process.pid)[-1], signal.SIGTERM)
+            asked = time.monotonic()
+            process.wait(25)
+        finally:
+            process.kill()
+    assert time.monotonic() - asked < 25
+    told = out.read_text()
+    assert "[rank 1] stopped by SIGTERM" in told, told
+    assert "[rank 0] stopped by SIGTERM" in told, told
+    assert told.count("Traceback") <= 1  # torchrun's own
+    assert (job.status["state"], job.status["code"]) == ("stopped", 75)
 
 
 @pytest.mark.slow
