@@ -263,6 +263,19 @@ def test_a_browser_draws_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_browser_draws_what_there_is(tmp_path: Path) -> None:
+    if chromium() is None:
+        pytest.skip("Chromium is not installed")
+    folder = write_run(tmp_path / "gaps")
+    events = [train_event(step, 2.0 if step % 3 == 0 else None) for step in range(1, 10)]  # between gaps: dots
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    loss = rendered(write_report(folder)).split('aria-label="Loss per trained token"')[1].split("</svg>")[0]
+    assert loss.count("<circle") == 3
+    (folder / "metrics.jsonl").unlink()  # failed before the first step: no course, and no word on the console
+    assert "Course" not in rendered(write_report(folder)).split("<script")[0]
+
+
+@pytest.mark.slow
 def test_hover_and_switches_in_a_browser(tmp_path: Path) -> None:
     if chromium() is None:
         pytest.skip("Chromium is not installed")

@@ -104,6 +104,18 @@ def test_in_a_browser_everything_is_drawn_and_nothing_is_said_on_the_console(tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium here")
+def test_a_key_with_one_value_has_no_axis_and_equal_values_one_colour(tmp_path):
+    fixed = {"key": "optim.type", "kind": "choice", "log": False, "low": 0, "high": 0, "choices": ["adamw"]}
+    trials = [trial(n, "complete", 2.5, **{"optim.type": "adamw"}) for n in range(4)]
+    write(tmp_path, trials, 0, space=[*SPACE, fixed], importances={})
+    page = rendered(tmp_path / "report.html")
+    assert page.count("<svg") == 3 + len(SPACE)
+    assert "color-mix(in oklch, var(--c1) 100%" in page
+    assert "color-mix(in oklch, var(--c1) 0%" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here")
 def test_a_user_sorts_and_filters(tmp_path):
     write(tmp_path, TRIALS, 1)
     page = rendered(tmp_path / "report.html", "document.querySelectorAll('table.trials th')[2].click()")

@@ -121,7 +121,9 @@ const sft = (() => {
           svg('path', {d, fill: 'none', style: `stroke:${s.color}`, 'stroke-width': style === 'faint' ? 1 : s.width || 2, 'stroke-opacity': style === 'faint' ? .32 : s.opacity || 1,
             'stroke-linejoin': 'round', 'stroke-linecap': 'round', 'stroke-dasharray': s.dash || 'none'}, plot);
         }
-        const good = s.points.filter(ok);
+        const good = s.points.filter(ok), alone = s.points.filter((p, i, all) => ok(p) && !(i && ok(all[i - 1])) && !(i + 1 < all.length && ok(all[i + 1])));
+        if (style === 'line' || style === 'faint')  // a value between two gaps has no line to be seen by
+          for (const p of alone) svg('circle', {cx: sx(p[0]), cy: sy(p[1]), r: 2, style: `fill:${s.color}`, 'fill-opacity': style === 'faint' ? .5 : 1}, plot);
         if (style === 'points' || style === 'both' || good.length === 1)
           for (const p of good) svg('circle', {cx: sx(p[0]), cy: sy(p[1]), r: good.length > 60 ? 2.2 : 3.4, style: `fill:${s.color};stroke:var(--panel)`, 'stroke-width': 1.5}, plot);
       }
