@@ -7,7 +7,8 @@ stdin is no terminal, each line is one message and decoding is greedy.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from sft.hush import hush_libraries
 MAX_NEW_TOKENS = 1024
 ROOM_FOR_AN_ANSWER = 16  # tokens; a longer conversation loses its oldest turns first
 TERMINAL_SAMPLING = Sampling(temperature=0.7, top_p=0.9)  # where the model names no settings of its own
-HELP = "/system TEXT sets a system prompt, /reset forgets the conversation, /quit (or Ctrl-D) leaves"
+QUOTES = '"""'
+HELP = (
+    "/system TEXT sets a system prompt, /reset forgets the conversation, /quit (or Ctrl-D) leaves; "
+    f"{QUOTES} before and after a message of several lines"
+)
 
 
 def chat(path: str) -> int:
@@ -35,9 +40,9 @@ def chat(path: str) -> int:
         template_args=template_args,
     )
     _note(f"{path}: {HELP}")
-    for line in _lines(terminal):
+    for message in _messages(_lines(terminal)):
         try:
-            if not command(talk, line):
+            if not command(talk, message):
                 break
         except KeyboardInterrupt:
             _note("(answer cut short)")
@@ -218,7 +223,27 @@ def _template_args(path: Path) -> dict[str, Any]:
     return {} if run is None else dict(load_config(run.config).config.data.template_args)
 
 
+def _messages(lines: Iterable[str]) -> Iterator[str]:
+    """A line each; what stands between two `\"\"\"` is one message, line breaks included."""
+    rest = iter(lines)
+    for line in rest:
+        start = line.strip()
+        if not start.startswith(QUOTES):
+            yield line
+            continue
+        parts = [start.removeprefix(QUOTES)]
+        while not parts[-1].rstrip().endswith(QUOTES):
+            following = next(rest, None)
+            if following is None:  # the input ended first: what came is the message
+                break
+            parts.append(following.rstrip("\n"))
+        yield "\n".join(parts).rstrip().removesuffix(QUOTES)
+
+
 def _lines(terminal: bool) -> Iterator[str]:
+    if terminal:
+        with suppress(ImportError):  # not on every platform; where it is, it gives `input` arrow keys and a history
+            import readline  # noqa: F401
     while True:
         if terminal:
             try:

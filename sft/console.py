@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sft.secrets import mask_secrets
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -44,6 +46,7 @@ class Console:
     def say(self, text: str) -> None:
         if not self._enabled:
             return
+        text = mask_secrets(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:

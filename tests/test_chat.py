@@ -14,7 +14,7 @@ from chainmodel import make_chain_model
 from conftest import CHATML
 
 from sft import chat as chat_module
-from sft.chat import Streamer, Talk, command, open_model, sampling_of, stop_ids_of
+from sft.chat import Streamer, Talk, _messages, command, open_model, sampling_of, stop_ids_of
 from sft.errors import ModelError
 from sft.generate import GREEDY, Sampling
 
@@ -30,6 +30,40 @@ def talk(folder: Path) -> Talk:
     return Talk(model, tokenizer, stop_ids_of(str(folder), model, tokenizer), template_args=arguments)
 
 
+def in_a_terminal(folder: Path, typed: list[tuple[str, str]]) -> tuple[int, str]:
+    """(exit code, screen) of a chat on a terminal: of each pair, waits for the first, then types the second."""
+    import pty
+    import select
+    import time
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "dumb"
+        os.execv(sys.executable, [sys.executable, "-m", "sft", "chat", str(folder)])
+    seen, end = "", time.monotonic() + 120
+    for wanted, keys in [*typed, ("\0", "")]:
+        shown = ""
+        while wanted not in shown.replace("\r\n", "\n") and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    shown += os.read(terminal, 4096).decode()
+                except OSError:  # how Linux says that the other end is closed
+                    break
+        seen += shown.replace("\r\n", "\n")
+        os.write(terminal, keys.encode()) if keys else None
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside torch's threads: the child only execs
+def test_a_terminal_streams_an_answer_and_leaves_at_the_end_of_input(folder: Path) -> None:
+    code, screen = in_a_terminal(folder, [("\n> ", "Hello\n"), ("Oh hello\n\n> ", '"""one\n'), ("> ", 'two"""\n'),
+                                          ("Oh hello\n\n> ", "\x04")])  # fmt: skip
+    assert code == 0, screen
+    assert screen.count("Oh hello") == 2
+    assert "Traceback" not in screen
+
+
 def run_chat(folder: Path, lines: str) -> subprocess.CompletedProcess[str]:
     program = "import sys; from sft.chat import chat; sys.exit(chat(sys.argv[1]))"
     return subprocess.run(
@@ -43,6 +77,21 @@ def test_a_script_gets_one_answer_a_line_on_stdout(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout == "Oh hello\n" * 3
     assert "no command /dance" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        ("one\ntwo\n", ["one\n", "two\n"]),
+        ('"""one\n  two\n\nthree"""\nfour\n', ["one\n  two\n\nthree", "four\n"]),
+        ('"""one"""\n', ["one"]),
+        ('"""\none\n"""\n', ["\none\n"]),
+        ('"""one\ntwo\n', ["one\ntwo"]),  # the input ended first
+        ('say """one""" now\n', ['say """one""" now\n']),
+    ],
+)
+def test_a_message_of_several_lines_stands_in_quotes(typed: str, messages: list[str]) -> None:
+    assert list(_messages(typed.splitlines(keepends=True))) == messages
 
 
 def test_the_conversation_is_remembered_until_it_is_reset(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
