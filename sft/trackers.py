@@ -37,9 +37,10 @@ class Trackers:
         known = read_json(file) if file.exists() else {}
         name = log.name or session.folder.path.name
         tracker = start(kind, log.project, name, folder, run=known.get(kind), after_step=session.state.step)
-        if kind not in known:
+        if kind not in known or kind == "trackio":  # which forgets the config of a run that goes on without one
             config = session.config.model_dump(mode="json")
             store_config(kind, tracker, flat_config({**config, "resolved": session.job.resolved}))
+        if kind not in known:
             write_json(file, {**known, kind: identity(kind, tracker)})
         self._live[kind] = tracker
 
@@ -75,10 +76,8 @@ class Trackers:
         except Exception as error:  # whatever a tracker raises is its own trouble, not the training's
             self._live.pop(name, None)
             self._say(
-                mask_secrets(
-                    f"warning: log.trackers: {name} failed and is left out of this run, which goes on: "
-                    f"{type(error).__name__}: {error}"
-                )
+                f"warning: log.trackers: {name} failed and is left out of this run, which goes on: "
+                f"{type(error).__name__}: {error}"
             )
 
 
