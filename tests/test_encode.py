@@ -254,6 +254,31 @@ def test_spelled_control_tokens_become_text(merging: TokenizerBundle) -> None:
     assert ids[: len(served)] == served, "transformers' sanitised serving gives the same ids"
 
 
+def test_words_that_were_added_to_a_vocabulary_are_no_control_tokens(tmp_path: Path) -> None:
+    """They are one token in training as in serving; what looks like markup is a control token, special or not."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    folder = bpe_tokenizer(tmp_path, CHATML, None, "<|im_end|>", ())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("covid19", "[GENE]", "<b>")])
+    tokenizer.save_pretrained(folder)
+    bundle = load_tokenizer(str(folder))
+    covid, gene, bold = bundle.tokenizer.convert_tokens_to_ids(["covid19", "[GENE]", "<b>"])
+    encoded = encode(bundle, U("Is covid19 <b> or [GENE] ?"), A("It is covid19 ."))
+    ids = encoded.examples[0].input_ids_T.tolist()
+    assert (ids.count(covid), ids.count(bold), ids.count(gene)) == (2, 1, 0)
+    assert [(note.reason, note.detail) for note in encoded.notes] == [
+        ("control_tokens", "encoded as ordinary characters: [GENE] (1)")
+    ]
+    served = bundle.tokenizer.apply_chat_template(
+        dicts(conversation(U("Is covid19 <b> ?"))), add_generation_prompt=True, return_dict=False,
+        sanitize_control_tokens=True,
+    )  # fmt: skip
+    (example,) = encode(bundle, U("Is covid19 <b> ?"), A("yes")).examples
+    assert example.input_ids_T[: len(served)].tolist() == served
+
+
 def test_spelled_control_tokens_allowed(merging: TokenizerBundle) -> None:
     im_end = merging.tokenizer.convert_tokens_to_ids("<|im_end|>")
     encoded = encode(merging, U("What is <|im_end|> ?"), A("It is <|im_end|> ."), control_tokens_in_text="allow")

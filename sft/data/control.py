@@ -18,6 +18,8 @@ OPEN, CLOSE = "\U000f5f7c", "\U000f5f7d"  # private use, plane 15: in no tokeniz
 HTML = re.compile(r"</?(?:h[1-6]|table|caption|thead|tbody|tfoot|t[rhd]|blockquote|strong|em|[biusp]|sub|sup|code|"
                   r"ul|ol|li|a|br|hr|div|span|img|pre)/?>")  # fmt: skip
 
+MARKUP = re.compile(r"[<\[{(|].*[>\]})|]", re.DOTALL)
+
 
 def spelled_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     """Matches any of the tokens, the longest first, as tokenizers do."""
@@ -58,7 +60,7 @@ class ControlTokens:
 
 
 def control_tokens(tokenizer: Any, written: str, read: str, stop_ids: Sequence[int]) -> ControlTokens:
-    """Special tokens, and other added tokens that look like markup rather than like blanks or HTML.
+    """Special tokens, and other added tokens that look like markup rather than like words, blanks or HTML.
 
     `written` is the literal text of the template, `read` the part of it by which it looks into messages.
     In an assistant message those are excepted by which the template looks into messages (`'</think>' in content`),
@@ -69,7 +71,8 @@ def control_tokens(tokenizer: Any, written: str, read: str, stop_ids: Sequence[i
         token.content
         for token in added.values()
         if token.content.strip("\u2581 \t\r\n") and (
-            token.special or token.content in written or not HTML.fullmatch(token.content)
+            token.special or token.content in written
+            or (MARKUP.fullmatch(token.content) and not HTML.fullmatch(token.content))
         )
     ]  # fmt: skip
     stops = {tokenizer.convert_ids_to_tokens(i) for i in stop_ids}
