@@ -23,6 +23,22 @@ class ModelGlance:
     problems: tuple[str, ...] = ()
 
 
+def base_and_adapter(name: str) -> tuple[str, str | None]:
+    """What `model.name` and `model.adapter` say for a run, a checkpoint or an adapter; else the name itself.
+
+    Raises ModelError where a path leads nowhere.
+    """
+    from sft.model import trained_folder
+
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().exists():
+        raise ModelError(f"--model {name}: there is no such file or folder. Name a hub id, a folder or a .gguf file.")
+    folder = trained_folder(str(Path(name).expanduser()) if name.startswith("~") else name)
+    adapter = Path(folder, "adapter_config.json")
+    if not adapter.is_file():
+        return (folder if Path(folder).exists() else name), None
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]), folder
+
+
 def glance_at_model(name: str) -> ModelGlance:
     """Looks at a folder, a GGUF file or a hub id. Never raises for what is merely out of reach."""
     problems: list[str] = []

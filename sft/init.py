@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from sft.data.formats import FORMATS, detect_format
 from sft.data.readers import BadRow, Row
 from sft.data.sources import read_rows, source_files
 from sft.errors import DataError
-from sft.glance import ModelGlance, glance_at_model
+from sft.glance import ModelGlance, base_and_adapter, glance_at_model
 from sft.secrets import mask_secrets
 from sft.types import Conversation, Passage, Sample
 from sft.yamltree import flow
@@ -61,10 +61,11 @@ def suggest_config(data: str, model: str, name: str = "my.yaml") -> str:
 
     Raises DataError where the data cannot be used at all.
     """
-    about = glance_at_model(model)
+    base, adapter = base_and_adapter(model)
+    about = glance_at_model(base)
     seen = glance_at_data(data, chat=about.has_template is not None)
     lengths = token_lengths(seen.samples, about)
-    return "\n".join(_lines(data, model, name, seen, about, lengths)) + "\n"
+    return "\n".join(_lines(data, model, name, seen, about, lengths, _model_section(base, adapter, about))) + "\n"
 
 
 # The data -----------------------------------------------------------------------------------------------------------
@@ -206,7 +207,10 @@ def has_test_split(path: str) -> bool:
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-def _lines(data: str, model: str, name: str, seen: DataGlance, about: ModelGlance, lengths: list[int]) -> Iterator[str]:
+def _lines(
+    data: str, model: str, name: str, seen: DataGlance, about: ModelGlance, lengths: list[int],
+    model_section: Iterable[str],
+) -> Iterator[str]:  # fmt: skip
     head = [
         f"Suggested by: sft init {data} --model {model}",
         "",
@@ -221,7 +225,7 @@ def _lines(data: str, model: str, name: str, seen: DataGlance, about: ModelGlanc
     ]
     yield from (f"# {mask_secrets(_one_line(line))}".rstrip() for line in head)
     yield ""
-    yield from _model_section(model, about)
+    yield from model_section
     yield ""
     yield from _data_section(data, seen, about, lengths)
     yield ""
@@ -304,10 +308,14 @@ def _about_model(about: ModelGlance) -> Iterator[str]:
         yield f"Memory, before activations: full {full}, lora {lora}, qlora {qlora}."
 
 
-def _model_section(model: str, about: ModelGlance) -> Iterator[str]:
+def _model_section(model: str, adapter: str | None, about: ModelGlance) -> Iterator[str]:
     tuning = suggest_tuning(about.parameters)
     yield "model:"
     yield f"  name: {flow(model)}"
+    if adapter:
+        yield _said(f"  adapter: {flow(adapter)}", "training goes on from it")
+        yield _said(f"  tuning: {'lora' if tuning == 'full' else tuning}", "lora | qlora")
+        return
     yield _said(f"  tuning: {tuning}", "full | lora | qlora")
     if tuning != "full":
         yield _said("  lora: {rank: 16, alpha: 32}", "a higher rank can learn more")
@@ -339,8 +347,9 @@ def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list
         yield _said(
             f"  eval: {flow(suggest_eval(seen))}", "held out of train: a share or a number; or a list of sources"
         )
-    if seen.conversations and about.has_template is False:
-        yield _said("  template: chatml", "the model has none of its own; or zephyr, tulu, a .jinja file")
+    if about.has_template is False:
+        use = "the model has none of its own" if seen.conversations else "for chats; these rows are joined without one"
+        yield _said("  template: chatml", f"{use}; or zephyr, tulu, a .jinja file")
     size = suggest_max_tokens(lengths, about.context)
     fit = sum(length <= size for length in lengths) / len(lengths)
     yield _said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; others are dropped and counted")

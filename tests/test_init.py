@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_tokenizer
 
 from sft.configfile import LoadedConfig, load_config
-from sft.errors import DataError
+from sft.errors import DataError, ModelError
 from sft.glance import glance_at_model
 from sft.init import (
     DataGlance,
@@ -67,6 +69,34 @@ def test_a_model_without_template_is_given_one(tmp_path: Path) -> None:
     text, loaded = suggested(write_rows("a.jsonl", [CHAT] * 20), base)
     assert loaded.config.data.template == "chatml"
     assert "brings no chat template" in text
+
+
+@pytest.mark.parametrize("rows", [{"text": "How many ?"}, {"prompt": "How", "completion": " many"}])
+def test_plain_rows_for_a_model_without_template_can_be_checked(tmp_path: Path, rows: dict[str, str]) -> None:
+    folder = make_tokenizer(tmp_path / "base", template=None)
+    _, loaded = suggested(write_rows("rows.jsonl", [rows] * 30), folder)
+    assert loaded.config.data.template == "chatml"
+
+
+def test_an_adapter_is_trained_on_and_a_run_stands_for_its_model(tmp_path: Path, model_folder: Path) -> None:
+    final = tmp_path / "runs/x/final"
+    final.mkdir(parents=True)
+    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_folder)}))
+    data = write_rows("chats.jsonl", [CHAT] * 30)
+    for name in ("runs/x", "runs/x/final"):
+        _, loaded = suggested(data, name)
+        model = loaded.config.model
+        assert (model.name, model.adapter, model.tuning) == (str(model_folder), "runs/x/final", "lora")
+        assert loaded.unread == ()
+    (final / "adapter_config.json").unlink()
+    shutil.copytree(model_folder, final, dirs_exist_ok=True)
+    _, loaded = suggested(data, "runs/x")
+    assert (loaded.config.model.name, loaded.config.model.adapter) == ("runs/x/final", None)
+
+
+def test_a_path_to_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"--model \./none: there is no such file or folder"):
+        suggest_config(write_rows("chats.jsonl", [CHAT]), "./none")
 
 
 def test_a_model_that_cannot_be_seen_is_said_and_the_rest_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
