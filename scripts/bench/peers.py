@@ -25,7 +25,8 @@ PEERS = ("trl==1.16.0", "peft", "bitsandbytes", "datasets")
 def main() -> None:
     arguments = parse()
     work = ROOT / "bench-results" / "peers"
-    os.environ |= {"HF_HUB_OFFLINE": "1", "SFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    threads = str(len(os.sched_getaffinity(0)))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "SFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": threads}
     python = peer_python(arguments.peer_python)
     model = model_folder(arguments, work)
     config, ordered, tokens_a_step = prepare(arguments, model, work)
