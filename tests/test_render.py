@@ -11,10 +11,23 @@ import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from chatcases import SHAPES, Verdict, bpe_tokenizer, family, in_parts, judge, metaspace_tokenizer, shapes, trained_runs
+from chatcases import (
+    CALL,
+    SHAPES,
+    TOOLS,
+    Verdict,
+    bpe_tokenizer,
+    family,
+    in_parts,
+    judge,
+    metaspace_tokenizer,
+    shapes,
+    trained_runs,
+)
 from conftest import CHATML
 
 from sft.data.encode import Encoder, EncodeSettings
@@ -24,7 +37,7 @@ from sft.errors import TemplateError
 from sft.pieces import show
 from sft.templating import generation_markers
 from sft.tokenizer import TokenizerBundle, load_tokenizer
-from sft.types import Conversation
+from sft.types import Conversation, Message
 
 OWN = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 BUILT_IN = sorted((Path(__file__).parent.parent / "sft" / "templates").glob("*.jinja"))
@@ -233,7 +246,6 @@ def test_a_text_rendered_with_marks_is_the_plain_one(bundles: Any, name: str) ->
 
 def test_a_message_that_holds_the_mark_is_rendered_plainly(bundles: Any) -> None:
     from sft.data.locality import MARK
-    from sft.types import Message
 
     bundle = bundles(next(f for f in OWN if f.stem == "chatml_plain"))
     encoder = Encoder(bundle, EncodeSettings())
@@ -334,7 +346,6 @@ def test_a_wrong_certificate_is_found_out_on_the_first_rows(bundles: Any) -> Non
 def test_a_broken_template_is_refused(tmp_path: Path, broken: str, reason: str) -> None:
     assert broken != CHATML
     bpe_tokenizer(tmp_path, broken, None, "<|im_end|>", ())
-    from sft.types import Message
 
     sample = Conversation(
         (Message("user", "What is your name, friend?"), Message("assistant", "Fine, I am six.")), "rows.jsonl:7"
@@ -346,6 +357,57 @@ def test_a_broken_template_is_refused(tmp_path: Path, broken: str, reason: str) 
         return
     (note,) = Encoder(bundle, EncodeSettings()).encode(sample).notes
     assert (note.source, note.action, note.reason) == ("rows.jsonl:7", "refused", reason), note
+
+
+# -- any conversation with any template
+
+
+WORDS = [
+    "Hello", "Hello there, how are you?", "\n", "\n\n", " ", "  ", "\t", "\r\n", "é", "e\u0301", "🙂", "🏴‍☠️", "שלום",
+    "assistant\n", "user", "42", "'s", "{{ x }}", "{}", "<", "|", "<b>", "\u00a0", "\u200b", "\ufeff", "\u2028", "日本",
+    "<|im_end|>", "<|im_start|>user\n", "</s>", "[INST]", "<end_of_turn>", "<|eot_id|>",
+]  # fmt: skip
+
+
+def any_conversation(random: Random) -> Conversation:
+    """Repeated, empty and hostile messages, with calls whose arguments are dicts or strings, with reasoning."""
+
+    def text() -> str:
+        return "".join(random.choices(WORDS, k=random.randint(0, 4)))
+
+    same = text() if random.random() < 0.2 else None
+    messages = [Message("system", text())] if random.random() < 0.3 else []
+    tools = False
+    for _ in range(random.randint(1, 5)):
+        messages.append(Message("user", text() if same is None else same))
+        extra: dict[str, Any] = {"reasoning_content": text()} if random.random() < 0.15 else {}
+        if random.random() < 0.1:
+            tools = True
+            arguments = random.choice([{"city": "Paris"}, '{"city": "Paris"}', {"city": text()}, {}])
+            extra["tool_calls"] = [{**CALL, "function": {"name": "get_weather", "arguments": arguments}}]
+        messages.append(Message("assistant", text() if same is None else same, extra))
+        if "tool_calls" in extra:
+            messages.append(Message("tool", text(), {"name": "get_weather", "tool_call_id": "call00001"}))
+            messages.append(Message("assistant", text()))
+    return Conversation(tuple(messages), "a.jsonl:1", TOOLS if tools else ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [*OWN, *BUILT_IN], ids=lambda file: file.stem)
+def test_any_conversation_is_right_or_refused(bundles: Any, file: Path) -> None:
+    bundle = bundles(file)
+    encoder, tokenizer = Encoder(bundle, EncodeSettings()), bundle.tokenizer
+    saved, tokenizer.chat_template = tokenizer.chat_template, bundle.chat.text
+    random = Random(file.stem)
+    for _ in range(60):
+        sample = any_conversation(random)
+        encoded = encoder.encode(sample)
+        spelled = any(note.reason == "control_tokens" for note in encoded.notes)
+        arguments = {"sanitize_control_tokens": True} if spelled else {}
+        given = in_parts(sample) if bundle.chat.parts else sample
+        verdict = judge(tokenizer, given, encoded, set(bundle.stop_ids), **arguments)
+        assert not verdict.wrong, (verdict, sample)
+    tokenizer.chat_template = saved
 
 
 # -- the templates that trl carries
