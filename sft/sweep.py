@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sft.durable import check_writable
-from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from sft.durable import NO_SPACE, check_writable
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DeviceError
 from sft.secrets import mask_secrets
 from sft.sweepfile import LoadedSweep, load_sweep
-from sft.sweeprun import Finished, TrialRun, trial_folder
+from sft.sweeprun import Finished, TrialRun
 from sft.trial import Devices, divide_devices, train_command, usable_cores, visible_gpus
 
 if TYPE_CHECKING:
@@ -48,9 +48,17 @@ def sweep(path: str, overrides: Sequence[str] = ()) -> int:
 
     store = open_store(loaded)
     loaded.freeze()
-    with View(loaded, store) as view, _Signals() as signals:
-        code = Driver(loaded, store, devices, view, signals).run()
-    results = write_results(loaded, store)
+    try:
+        with View(loaded, store) as view, _Signals() as signals:
+            code = Driver(loaded, store, devices, view, signals).run()
+        results = write_results(loaded, store)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise DeviceError(
+            f"{loaded.dir}: its disk is full ({error.strerror}). Running trials stop with a checkpoint where one fits; "
+            f"free some space, and the same command goes on: sft sweep {path}"
+        ) from error
     if code == EXIT_STOPPED:
         print(mask_secrets(f"stopped; the same command goes on: sft sweep {path}"), file=sys.stderr)
         return EXIT_STOPPED
@@ -201,11 +209,8 @@ class Driver:
             "reason": finished.reason,
             "tail": finished.tail if finished.state == "failed" else "",
             "seconds": round(run.seconds, 3),
-            "run": trial_folder(self.loaded, claim.number).as_posix(),
             "curves": [[list(point) for point in repeat.curve.points] for repeat in run.repeats],
-            "repeats": [
-                {"seed": repeat.seed, "run": repeat.run_dir.as_posix(), "value": repeat.value} for repeat in run.repeats
-            ],
+            "repeats": [{"seed": repeat.seed, "value": repeat.value} for repeat in run.repeats],
         }
         if self.store.finish(claim, state, finished.value, notes):
             results = write_results(self.loaded, self.store)

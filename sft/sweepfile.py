@@ -15,16 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sft.config import Config
-from sft.configfile import LoadedConfig, dump_config, load_config
+from sft.configfile import COMMAND_LINE, LoadedConfig, dump_config, load_config
 from sft.durable import write_text
 from sft.errors import ConfigError, did_you_mean
 from sft.secrets import mask_secrets
 from sft.sweepspace import Dimension, base_values, grid_points, parse_space, point_in_space, unread_dimensions
-from sft.yamltree import Tree, flow, parse_yaml, read_yaml
+from sft.yamltree import KeyPath, Tree, flow, parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Direction = Literal["minimize", "maximize"]
 
+METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy", "eval.stop_probability")
+"""What an evaluation measures."""
 _MAXIMIZED = ("accuracy", "stop_probability")
 
 
@@ -84,8 +86,8 @@ class Sweep(Strict):
     @field_validator("metric")
     @classmethod
     def metric_is_of_an_evaluation(cls, value: str) -> str:
-        if not value.startswith("eval."):
-            raise ValueError("wanted: a number of the final evaluation, such as eval.loss or eval.token_accuracy")
+        if value not in METRICS:
+            raise ValueError(f"wanted: a number of the final evaluation, one of {', '.join(METRICS)}")
         return value
 
     @model_validator(mode="after")
@@ -160,7 +162,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
     for_base = [text for text in overrides if text not in for_sweep]
     raw = dict(tree.value)
     for text in for_sweep:
-        _override(raw, text)
+        _override(raw, tree.lines, text)
     spec = _validate(raw, tree, file)
     _refuse_reserved(for_base)
     base = load_config(spec.config, for_base)
@@ -199,22 +201,44 @@ def _first(
     return tuple(points)
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
-    """`trials=5`, `pruner.warmup=2`, `space.optim.lr=[1e-4, 1e-3]`: a key of the space may hold dots."""
+def _override(raw: dict[str, Any], lines: dict[KeyPath, int], text: str) -> None:
+    """`trials=5`, `pruner.warmup=2`, `space.optim.lr=[1e-4, 1e-3]`: a key of the space may hold dots.
+
+    What is set here has no line in the file: `lines` then says 0.
+    """
     name, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"'{text}': overrides are written key=value, e.g. trials=5.")
     parsed = parse_yaml(value, f"command line, {name}").value
     first, _, rest = name.strip().partition(".")
+    path = (first, rest) if rest else (first,)
+    for key in [key for key in lines if key[: len(path)] == path]:
+        del lines[key]
+    lines[path] = 0
     if not rest:
         raw[first] = parsed
     elif first == "space":
-        raw["space"] = {**(raw.get("space") or {}), rest: parsed}
+        space = raw.get("space") or {}
+        raw["space"] = {**(space if rest in space else _without(space, rest)), rest: parsed}
     elif first == "pruner":
         old = raw.get("pruner")
         raw["pruner"] = {**(old if isinstance(old, dict) else {"type": old} if old else {}), rest: parsed}
     else:
         raise ConfigError(f"'{text}': '{first}' has no keys below it.")
+
+
+def _without(space: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The space as a file nests it, without one dotted key."""
+    left: dict[str, Any] = {}
+    for name, value in space.items():
+        if name == key:
+            continue
+        inner = (
+            _without(value, key[len(name) + 1 :]) if isinstance(value, dict) and key.startswith(name + ".") else value
+        )
+        if inner or not value:
+            left[name] = inner
+    return left
 
 
 def _validate(raw: dict[str, Any], tree: Tree, file: Path) -> Sweep:
@@ -260,10 +284,10 @@ _EXAMPLES = {
 
 
 def _line(tree: Tree, file: Path, *path: Any) -> str:
-    """`file:line` of the deepest part of `path` that the file holds."""
+    """`file:line` of the deepest part of `path` that the file holds, or that it came from the command line."""
     for depth in range(len(path), 0, -1):
-        if path[:depth] in tree.lines:
-            return f"{file}:{tree.lines[path[:depth]]}"
+        if (line := tree.lines.get(path[:depth])) is not None:
+            return f"{file}:{line}" if line else COMMAND_LINE
     return str(file)
 
 

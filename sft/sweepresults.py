@@ -18,7 +18,7 @@ from sft.runfolder import RunFolder
 from sft.secrets import mask_secrets
 from sft.sweepfile import LoadedSweep
 from sft.sweepreport import write_sweep_report
-from sft.sweeprun import trial_folder
+from sft.sweeprun import seed_folder, trial_folder
 from sft.sweepspace import value_of
 from sft.trial import num_processes
 from sft.yamltree import dotted, flow, parse_yaml, read_yaml
@@ -113,21 +113,26 @@ def _row(loaded: LoadedSweep, trial: Any) -> TrialRow:
         if dimension.key not in values and _is_base(loaded, notes) and dimension.active(_base(loaded)):
             values[dimension.key] = value_of(loaded.base.config, dimension.key)
     state = _STATES[trial.state.name]
+    run = trial_folder(loaded, trial.number)
     return TrialRow(
         trial=trial.number,
         state=state,
         value=trial.value if state in ("complete", "pruned") else None,
         seconds=notes.get("seconds"),
-        run=str(notes.get("run") or trial_folder(loaded, trial.number).as_posix()),
+        run=run.as_posix(),
         reason=mask_secrets(str(notes.get("reason", ""))),
         values={dimension.key: values[dimension.key] for dimension in loaded.space if dimension.key in values},
         tail=mask_secrets(str(notes.get("tail", ""))),
         curves=tuple(notes.get("curves", ())),
-        repeats=tuple(notes.get("repeats", ())),
+        repeats=tuple({**repeat, "run": _run_of(repeat, run)} for repeat in notes.get("repeats", ())),
         begun=trial.datetime_start.isoformat(timespec="seconds") if trial.datetime_start else "",
         ended=trial.datetime_complete.isoformat(timespec="seconds") if trial.datetime_complete else "",
         is_base=_is_base(loaded, notes),
     )
+
+
+def _run_of(repeat: Mapping[str, Any], run: Path) -> str:
+    return (run if repeat["seed"] is None else run / seed_folder(repeat["seed"])).as_posix()
 
 
 def _is_base(loaded: LoadedSweep, notes: Mapping[str, Any]) -> bool:

@@ -106,7 +106,7 @@ class TrialRun:
         folder = trial_folder(self.loaded, self.claim.number)
         seed, count = self.loaded.base.config.run.seed, self.loaded.spec.repeats
         for offset in range(count):
-            run_dir = folder if count == 1 else folder / f"seed-{seed + offset}"
+            run_dir = folder if count == 1 else folder / seed_folder(seed + offset)
             curve = Curve(RunFolder(run_dir).metrics, self.loaded.metric_key)
             self.repeats.append(Repeat(None if count == 1 else seed + offset, run_dir, curve))
         if self.claim.adopted:
@@ -274,6 +274,11 @@ class TrialRun:
 
 def trial_folder(loaded: LoadedSweep, number: int) -> Path:
     return loaded.dir / "trials" / f"{number:04d}"
+
+
+def seed_folder(seed: int) -> str:
+    """The folder of one of several repeats, inside the trial's."""
+    return f"seed-{seed}"
 
 
 def _status(run_dir: Path) -> str:

@@ -173,10 +173,11 @@ def parse_space(raw: Mapping[str, Any], where: Where, attempt: Try) -> tuple[Dim
 
     `where` gives the place of a key of the space; `attempt` loads the base config with overrides.
     """
-    flat = dict(_flattened(raw, (), where))
-    dimensions = {}
-    for key, (value, place) in flat.items():
+    dimensions: dict[str, Dimension] = {}
+    for key, (value, place) in _flattened(raw, (), where):
         _check_key(key, place)
+        if key in dimensions:
+            raise ConfigError(f"{place}: {key} is searched already at {dimensions[key].where}; leave one of the two.")
         dimensions[key] = _dimension(key, value, place, attempt)
     ordered = _ordered(dimensions)
     base = base_values(ordered, attempt(()).config)

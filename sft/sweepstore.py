@@ -130,13 +130,18 @@ class SweepStore:
         self.base = base_values(self.loaded.space, self.loaded.base.config)
         with self.guard():
             self.study = optuna.create_study(
-                study_name=study_name(self.loaded),
+                study_name=self._name(),
                 storage=self.storage,
                 direction=self.loaded.direction,
                 load_if_exists=True,
                 pruner=make_pruner(spec.pruner, self.evaluations),
             )
             self._begin()
+
+    def _name(self) -> str:
+        """A journal is its folder's own and goes where the folder is moved; a database knows a sweep by its `dir`."""
+        kept = optuna.get_all_study_names(self.storage) if self.loaded.spec.storage is None else []
+        return kept[0] if len(kept) == 1 else self.loaded.dir.as_posix()
 
     def _begin(self) -> None:
         """Write what the sweep is, or refuse to go on with another one; then queue the first points."""
@@ -270,11 +275,6 @@ class SweepStore:
             warnings.simplefilter("ignore", UserWarning)
             found = optuna.importance.get_param_importances(self.study, evaluator=evaluator, params=names)
         return {name: float(share) for name, share in found.items()}
-
-
-def study_name(loaded: LoadedSweep) -> str:
-    """The sweep's folder, as the file says it: the same on every machine that shares the storage."""
-    return loaded.dir.as_posix()
 
 
 def open_store(loaded: LoadedSweep) -> SweepStore:

@@ -248,6 +248,21 @@ def test_everything_killed_at_once_like_a_machine_that_loses_power():
     assert steps_of("sw/trials/0000") == list(range(1, 9))
 
 
+def test_a_full_disk_is_said_and_the_sweep_goes_on_when_there_is_room():
+    """A limit on the size of files stands in for a full disk: report.html is the first that does not fit."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY)); "
+    code += "from sft.sweep import sweep; from sft.errors import DeviceError\n"
+    code += "try:\n    sweep('sweep.yaml', ['trials=2'])\nexcept DeviceError as error:\n    sys.exit(str(error))"
+    env = {**os.environ, "SWEEP_TEST": "{}"}
+    full = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert full.returncode == 1
+    assert "sw: its disk is full (File too large)." in full.stderr
+    assert full.stderr.endswith("the same command goes on: sft sweep sweep.yaml\n")
+    done, _, err = run("trials=2")
+    assert done == 0, err
+    assert "continuing, 1 of 2 trials done" in err
+
+
 @pytest.mark.slow
 def test_orphans_end_by_themselves():
     driver = start("trials=1", step_seconds=0.2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sft.errors import ConfigError
-from sft.sweepfile import load_sweep
+from sft.sweepfile import METRICS, LoadedSweep, load_sweep
 from sft.sweepspace import AUTO_LR, Dimension, grid_points
 
 BASE = """\
@@ -229,3 +229,25 @@ def test_the_sweep_that_ships(monkeypatch):
     assert loaded.warnings == ()
     assert {dimension.key for dimension in loaded.space} >= {"optim.lr", "model.lora.rank"}
     assert (loaded.total, loaded.spec.workers, loaded.spec.pruner.type) == (12, 2, "median")
+
+
+def test_the_metrics_are_those_of_an_evaluation():
+    from sft.evaluate import EvalSums, metrics
+
+    assert {f"eval.{name}" for name in metrics(EvalSums(1, 1, 1, 1, 1, 1))} - {"eval.tokens"} == set(METRICS)
+
+
+def test_what_the_command_line_sets_is_said_to_come_from_there():
+    nested = "space:\n  optim: {lr: [1.0e-4]}\n"
+    assert only_of(load_sweep(write(nested), ["space.optim.lr=[1e-3]"])).choices == (1e-3,)
+    assert refusal(nested, overrides=("space.optim.lr=1e-3",)).startswith(
+        "command line: optim.lr is 0.001; wanted: a list"
+    )
+    assert refusal(overrides=("trials=0",)).startswith("command line: 'trials' is 0:")
+    twice = "space:\n  optim: {lr: [1.0e-4]}\n  optim.lr: [1.0e-3]\n"
+    assert refusal(twice) == "sweep.yaml:6: optim.lr is searched already at sweep.yaml:5; leave one of the two."
+
+
+def only_of(loaded: LoadedSweep) -> Dimension:
+    (dimension,) = loaded.space
+    return dimension

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from sft.errors import DeviceError, ResumeError
 from sft.sweepfile import load_sweep
-from sft.sweepresults import train_line
+from sft.sweepresults import train_line, write_results
 from sft.sweepstorage import JOURNAL, JournalFile, open_storage
 from sft.sweepstore import SweepStore, open_store
 
@@ -305,6 +305,20 @@ def test_a_changed_sweep_is_refused_with_the_differences():
         lines[4],
     ]
     assert lines[4].startswith("  rows of data.train.0: was rows.jsonl, sha256 ")
+
+
+def test_a_sweep_goes_where_its_folder_goes():
+    first = store(SWEEP, "trials=3")
+    points = run_all(first, 2)
+    Path("elsewhere").mkdir()
+    Path("sw").rename("elsewhere/sw")
+    moved = store(SWEEP, "trials=3", "dir=elsewhere/sw")
+    assert len(run_all(moved)) == 1
+    moved.loaded.freeze()
+    rows = write_results(moved.loaded, moved).rows
+    assert [row.state for row in rows] == ["complete"] * 3
+    assert [row.values for row in rows[:2]] == points
+    assert [row.run for row in rows] == [f"elsewhere/sw/trials/{n:04d}" for n in range(3)]
 
 
 def test_what_changes_no_result_may_change():
