@@ -59,4 +59,4 @@ def test_a_sweep_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(ROOT)
     file = tmp_path / "sweep.yaml"
     file.write_text(block)
-    assert load_sweep(str(file)).total == 12
+    assert load_sweep(str(file)).total == 14

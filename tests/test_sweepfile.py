@@ -228,7 +228,7 @@ def test_the_sweep_that_ships(monkeypatch):
     loaded = load_sweep("configs/sweep.yaml")
     assert loaded.warnings == ()
     assert {dimension.key for dimension in loaded.space} >= {"optim.lr", "model.lora.rank"}
-    assert (loaded.total, loaded.spec.workers, loaded.spec.pruner.type) == (12, 2, "median")
+    assert (loaded.total, loaded.spec.workers, loaded.spec.pruner.type) == (14, 2, "median")
 
 
 def test_the_metrics_are_those_of_an_evaluation():
