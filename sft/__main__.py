@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sft import __version__
+from sft.console import open_streams
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, ConfigError, SftError, Stopped
 from sft.hush import hush_progress_bars
 
@@ -314,6 +315,7 @@ def _root(
 
 def main() -> None:
     """Entry point of `sft` and of `python -m sft`."""
+    open_streams()
     dashed = [argument for argument in sys.argv[1:] if re.match(r"--\w+\.\w", argument)]
     if dashed:
         print(f"error: {dashed[0]}: overrides are written without dashes: optim.lr=1e-4", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,26 @@ from sft.secrets import mask_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def open_streams() -> None:
+    """Gives a process that was started without stdin, stdout or stderr ones that lead nowhere: else the next file it
+    opens, a checkpoint perhaps, is taken for its stderr."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False))
+
+
+def speak(text: str) -> None:
+    """A line on stderr. Where nobody listens any more (`… 2>&1 | head`, a lost terminal) the rest goes nowhere: what
+    a run says must not end it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Console:
@@ -50,7 +71,7 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            speak(text)
 
     def step(self, event: dict[str, Any]) -> None:
         """Moves the live line to a train event."""

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sft.errors import DeviceError, ResumeError
+from sft.errors import ConfigError, DeviceError, ResumeError
 
 # The disk, a quota or a limit on file sizes ran out. EFBIG is what RLIMIT_FSIZE and small file systems answer.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,11 +61,27 @@ def read_json(path: Path) -> Any:
         raise ResumeError(f"{path}: not readable as JSON ({error}).") from error
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents, and where a link leads to what does not exist yet."""
+    (folder.resolve() if folder.is_symlink() else folder).mkdir(parents=True, exist_ok=True)
+
+
+def check_nameable(key: str, folder: Path) -> None:
+    """ConfigError where the system can have no folder of that name."""
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # what writes there says so
+    except (OSError, ValueError) as error:  # too long; a NUL byte
+        shown = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:100]}…"
+        raise ConfigError(f"{key}: {shown!r} can be no folder here ({error!s:.60}). Choose another name.") from error
+
+
 def check_writable(folder: Path) -> None:
     """Create `folder` and write one file in it, now, rather than fail after hours. DeviceError when that is refused."""
     probe = folder / f".writable-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,9 +19,11 @@ from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DeviceError, ResumeError, SftError
 from sft.resume import RunState, check_continuation, fingerprint, named_only
-from sft.runfolder import RunFolder
+from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 from sft.schedule import Plan, plan
+
+MOST_HEADER_BYTES = 100_000_000  # as safetensors itself allows
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -31,10 +34,14 @@ if TYPE_CHECKING:
 
 def pinned_date(folder: RunFolder, fresh: bool) -> str:
     """The date that templates are told: the day this run began, so that a resumed run renders the same."""
-    if not fresh and folder.environment.exists():
-        recorded = read_json(folder.environment).get("date")
-        if recorded:
-            return str(recorded)
+    try:
+        return date.fromisoformat(read_json(folder.environment)["date"]).isoformat() if not fresh else _today()
+    except (ResumeError, OSError, ValueError, TypeError, KeyError):
+        # Not there or damaged: where a template reads the date, the changed content will be refused.
+        return _today()
+
+
+def _today() -> str:
     return date.today().isoformat()
 
 
@@ -97,6 +104,7 @@ def open_run(
         say(f"--fresh: the old run lies in {moved}")
     check_writable(folder.path)
     lock.acquire()
+    check_writable(folder.checkpoints)
     checkpoint = find_resumable(folder.checkpoints, say)
     if checkpoint is None:
         _refuse_strangers_files(folder)
@@ -107,13 +115,61 @@ def open_run(
         named=named_only(loaded.config), say=say,
     )  # fmt: skip
     state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
-    ended = folder.read_status().get("state") == "done" and folder.final.is_dir()
+    fault = fault_of_model(folder.final) if folder.final.is_dir() else "not there"
+    ended = folder.read_status().get("state") == "done" and not fault
+    if folder.read_status().get("state") == "done" and fault:
+        say(f"WARNING: {folder.final} is damaged ({fault}): it is written again from the checkpoint")
     stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
     return {
         "checkpoint": str(checkpoint),
         "state": state.as_dict(),
         "is_done": ended and (state.step >= total_steps or stopped_early),
     }
+
+
+def fault_of_model(folder: Path) -> str:
+    """What keeps a saved model from being whole, as far as sizes tell: "" where nothing does."""
+    names = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+    shards = set(folder.glob("*.safetensors"))
+    try:
+        if not names:
+            return "no config.json"
+        for index in folder.glob("*.safetensors.index.json"):
+            shards |= {folder / str(name) for name in read_json(index)["weight_map"].values()}
+        for name in names:
+            read_json(folder / name)
+        short = [file.name for file in sorted(shards) if file.stat().st_size != safetensors_size(file)]
+    except (ResumeError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return str(error)
+    return f"{short[0]} is not as long as its header says" if short else "" if shards else "no *.safetensors"
+
+
+def safetensors_size(file: Path) -> int:
+    """The size that the header of a safetensors file gives it. ValueError where there is no such header."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, MOST_HEADER_BYTES)))
+    return (
+        8
+        + length
+        + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    )
+
+
+def cut_metrics(metrics: MetricsLog, config: Config, opening: Opening, say: Callable[[str], None]) -> None:
+    """metrics.jsonl back to the checkpoint. Where lines were lost, says so; refuses where evaluations decide."""
+    decides = config.save.best is not None or config.train.early_stopping is not None
+    is_lost = not metrics.exists() or (decides and not metrics.read())
+    damaged = metrics.cut_after(opening.state.step if opening.checkpoint else -1)
+    if opening.checkpoint is None or not (is_lost or damaged):
+        return
+    what = f"{damaged} damaged lines of metrics.jsonl are lost" if damaged else "metrics.jsonl is lost"
+    if decides:
+        raise ResumeError(
+            f"{what}, and with them evaluations that save.best or train.early_stopping decide by. Restore the file "
+            "from a copy, start over with --fresh, or drop those keys (save.best=null train.early_stopping=null)."
+        )
+    say(f"WARNING: {what}: curves have a gap before step {opening.state.step + 1}; the training itself is not touched")
 
 
 def _refuse_strangers_files(folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft.durable import finite, read_json, write_json
+from sft.errors import ResumeError
 from sft.secrets import mask_secrets
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -56,21 +57,29 @@ class RunFolder:
     def write_status(self, state: State, *, code: int | None, reason: str, step: int) -> None:
         write_json(
             self.status,
-            {"state": state, "code": code, "reason": mask_secrets(reason), "step": step, "pid": os.getpid()},
+            {"state": state, "code": code, "reason": _brief(mask_secrets(reason)), "step": step, "pid": os.getpid()},
         )
 
     def read_status(self) -> dict[str, Any]:
-        """The status, or {} for a folder that never ran."""
-        return dict(read_json(self.status)) if self.status.exists() else {}
+        """The status, or {} for a folder that never ran, or whose status was damaged: the checkpoints decide then."""
+        try:
+            status = read_json(self.status)
+        except (ResumeError, OSError):
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def move_aside(self) -> Path | None:
-        """Renames the folder to `<name>.old-1` (the first free number) and returns that; None where there is none."""
-        if not self.path.exists():
+        """Renames the folder to `<name>.old-1` (the first free number) and returns that; None where there is none.
+
+        Where the path is a link, what it leads to is moved: the link says on which disk this run lives.
+        """
+        real = self.path.resolve()
+        if not real.exists():
             return None
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        while os.path.lexists(aside := real.with_name(f"{real.name}.old-{number}")):
             number += 1
-        self.path.rename(aside)
+        real.rename(aside)
         return aside
 
 
@@ -84,18 +93,26 @@ class MetricsLog:
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(finite(dict(event)), ensure_ascii=False) + "\n")
 
+    def exists(self) -> bool:
+        return self._path.exists()
+
     def read(self) -> list[dict[str, Any]]:
         return list(read_events(self._path))
 
-    def cut_after(self, step: int) -> None:
-        """Drops what a killed process logged beyond the checkpoint that the run resumes from."""
+    def cut_after(self, step: int) -> int:
+        """Drops what a killed process logged beyond the checkpoint that the run resumes from, and damaged lines.
+
+        Returns the number of damaged lines.
+        """
         kept = [event for event in read_events(self._path) if event.get("step", 0) <= step]
+        damaged = sum(event is None for event in _lines(self._path))
         aside = self._path.with_suffix(".tmp")
         with open(aside, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(event, ensure_ascii=False) + "\n" for event in kept)
             stream.flush()
             os.fsync(stream.fileno())
         aside.replace(self._path)
+        return damaged
 
     def flush_to_disk(self) -> None:
         if self._path.exists():
@@ -104,11 +121,25 @@ class MetricsLog:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a metrics.jsonl; a line that a kill has cut short ends the file."""
+    """The events of a metrics.jsonl; a line that a kill has cut short ends the file, damaged ones are passed over."""
+    return (event for event in _lines(path) if event is not None)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line's event; None for a line that is none."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as stream:
+    with open(path, "rb") as stream:
         for line in stream:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # not JSON, or not UTF-8
+                event = None
+            yield event if isinstance(event, dict) and "event" in event else None
+
+
+def _brief(text: str, most: int = 10_000) -> str:
+    """Some errors quote a whole file: the ends of a text tell enough."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sft.durable import cannot_write
+from sft.durable import cannot_write, make_folder
 from sft.errors import ResumeError
 
 _GUARD_SECONDS = 10.0
@@ -47,7 +47,7 @@ class RunLock:
         """
         assert self._descriptor is None, "acquired twice"
         try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self._run_dir)
             with self._guard():
                 self._sweep()
                 if os.path.lexists(self._path):

@@ -19,9 +19,9 @@ _SHAPES = (
     re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"),  # JSON web token
 )
-_URL_PASSWORD = re.compile(r"(?P<head>[a-zA-Z][\w+.-]*://(?:[^\s/:@'\"]*:)?)(?P<value>[^\s/@'\"]+)@")
+_URL_PASSWORD = re.compile(r"(?P<head>[a-zA-Z][\w+.-]{0,30}://(?:[^\s/:@'\"]*:)?)(?P<value>[^\s/@'\"]+)@")
 _NAMED = re.compile(  # api_key=…, "password": "…", Authorization: Bearer …; not token counts such as max_tokens: 512
-    r"(?i)(?P<head>(?<![a-z])(?:[a-z0-9]+[_-])*(?:password|passwd|secret|api[_-]?key|access[_-]?key|authorization"
+    r"(?i)(?P<head>(?<![a-z])(?:[a-z0-9]{1,40}[_-]){0,8}(?:password|passwd|secret|api[_-]?key|access[_-]?key|authorization"
     r"|auth[_-]token|hub[_-]token|access[_-]token|hf[_-]token)['\"]?\s*[=:]\s*['\"]?(?:bearer\s+|basic\s+)?)"
     r"(?P<value>[^\s'\",;&}\]]+)"
 )

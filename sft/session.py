@@ -23,7 +23,7 @@ from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
 from sft.generate import answer_samples
-from sft.opening import Opening, on_first_rank
+from sft.opening import Opening, cut_metrics, on_first_rank
 from sft.optim import load_state_by_name, state_by_name, whole
 from sft.resume import RunState
 from sft.runfolder import MetricsLog, RunFolder
@@ -269,8 +269,8 @@ def open_session(
         CheckpointStore(folder.checkpoints, config.save.keep), say,
     )  # fmt: skip
     _check_disk(session)
+    on_first_rank(job.is_first, lambda: cut_metrics(session.metrics, config, opening, say))
     if job.is_first:
-        session.metrics.cut_after(state.step if opening.checkpoint else -1)
         _record(loaded, session, date_pinned)
     return session
 

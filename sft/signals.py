@@ -1,4 +1,5 @@
-"""Stopping when asked: SIGTERM and SIGINT become a request that the loop reads at a step's end.
+"""Stopping when asked: SIGTERM, SIGINT and SIGHUP (the terminal was closed) become a request that the loop reads at a
+step's end.
 
 The first signal asks, and the run saves and leaves with exit code 75. A second one ends the process at once; what it
 was writing lies aside (`.staging-…`), so the older checkpoint stays whole.
@@ -17,7 +18,7 @@ from typing import Any
 
 from sft.errors import EXIT_STOPPED, Stopped
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun, and accelerate through it, repeat to their workers a Ctrl-C that the terminal has already sent to all of
 # them: within this time it is one request, not two.
 ECHO_SECONDS = 2.0
@@ -33,6 +34,7 @@ class StopRequest:
         self._asked_at = 0.0
         self._raising = 0
         self._previous: dict[signal.Signals, Any] = {}
+        self._terminal: list[int] = []
         # `accelerate launch` of a single process dies of SIGTERM without telling its worker.
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
 
@@ -44,9 +46,12 @@ class StopRequest:
         self.restore()
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT. Outside the main thread, where Python allows no handlers, nothing is done."""
+        """Take over the signals. Outside the main thread, where Python allows no handlers, nothing is done."""
         if threading.current_thread() is threading.main_thread() and not self._previous:
+            self._terminal = [descriptor for descriptor in (0, 1, 2) if _is_terminal(descriptor)]
             for number in _SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run outlives its terminal
                 self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
@@ -77,9 +82,18 @@ class StopRequest:
         finally:
             self._raising -= 1
 
+    def _let_go_of_terminal(self) -> None:
+        """Whatever is printed to a terminal that is gone would raise, in the middle of the save."""
+        if self._terminal:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in self._terminal:
+                os.dup2(nowhere, descriptor)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            self._let_go_of_terminal()
         if self.signal_name is None:
             self.signal_name, self._asked_at = name, now
             if self._raising:
@@ -88,6 +102,13 @@ class StopRequest:
         elif now - self._asked_at > self._echo_seconds:
             _write_line(f"second {name}: ending at once; the last published checkpoint is whole")
             exit_now(EXIT_STOPPED)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:  # closed
+        return False
 
 
 def exit_now(code: int, flush: Callable[[], None] | None = None) -> None:

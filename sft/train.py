@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,9 +16,10 @@ import torch
 
 from sft import setup
 from sft.batches import Join, StepData, StepFeed
-from sft.console import Console
+from sft.console import Console, speak
 from sft.data.collate import to_device
 from sft.distributed import leave, sum_over_ranks, wait_for_all
+from sft.durable import check_nameable
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
@@ -36,6 +36,7 @@ from sft.opening import (
 )
 from sft.optim import set_learning_rate
 from sft.preview import one_example
+from sft.report import write_report
 from sft.resume import RunState
 from sft.runfolder import RunFolder
 from sft.runlock import RunLock
@@ -58,6 +59,7 @@ def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[s
     """Trains until done (0) or stopped on a signal (75). Raises the SftError family for what a user can fix."""
     become_launcher_where_needed()
     folder = RunFolder(loaded.run_dir)
+    check_nameable("run.dir", folder.path)
     with StopRequest() as stop:
         try:
             return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
@@ -75,7 +77,7 @@ def _train(
 
     def say_early(text: str) -> None:
         if local_first:
-            print(text, file=sys.stderr, flush=True)
+            speak(text)
 
     setup.set_up_libraries(config)
     date = pinned_date(folder, fresh)
@@ -104,6 +106,8 @@ def _train(
             answer["is_done"],
         )
         if opening.is_done:
+            if is_first and not (folder.path / "report.html").exists():  # killed between the status and the page
+                write_report(folder.path)
             say_early(f"{folder.path}: complete at step {opening.state.step}. --fresh starts over.")
             return EXIT_DONE
         if is_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +530,14 @@ def test_values_of_telling_environment_variables_are_masked_everywhere() -> None
         "PAGER": "lessismore",
     }
     assert mask_secrets("opensesame-too, opensesame, lessismore", environ) == "***, ***, lessismore"
+
+
+@pytest.mark.parametrize("piece", ["x", "1", "a-", "a_1-", "x://", "token=", "1 "])
+def test_a_long_text_is_masked_in_linear_time(piece: str) -> None:
+    """An error may quote a file."""
+    began = time.monotonic()
+    mask_secrets(piece * (200_000 // len(piece)), {})
+    assert time.monotonic() - began < 5
 
 
 def test_credentials_reach_neither_the_dump_nor_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
