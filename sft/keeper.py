@@ -87,6 +87,12 @@ def is_kept(mark: str) -> bool:
     return False
 
 
+def is_at_work(mark: str) -> bool:
+    """Whether anything of this mark still lives. A keeper whose command has ended does: its last act is to kill what
+    carries the mark, and a successor started too early would be among that."""
+    return is_kept(mark) or any(marked_processes(mark))
+
+
 def keep(mark: str, silence: float, grace: float, command: list[str]) -> int:
     """Run `command` to its end as the module says. Returns its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the lifeline decides, not a terminal's Ctrl-C

@@ -182,7 +182,7 @@ class TrialRun:
         if now < self._checked_orphans_at + 0.3:
             return False
         self._checked_orphans_at = now
-        if any(keeper.marked_processes(self.mark)):
+        if keeper.is_at_work(self.mark):
             if now > self._orphans_until:
                 keeper.kill_marked(self.mark)
             return False

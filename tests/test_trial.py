@@ -166,6 +166,26 @@ def test_a_killed_keeper_takes_its_processes_with_it_at_the_next_look(kept):
     assert ended(process) == 128 + signal.SIGKILL
 
 
+def test_a_keeper_whose_command_has_ended_is_still_at_work(kept):
+    """It is about to kill all that carries its mark: a successor that starts now would die with it."""
+    process = kept()
+    process._keeper.send_signal(signal.SIGSTOP)
+    for child in keeper.marked_processes(process.mark):
+        child.terminate()
+    wait_until(lambda: not any(keeper.marked_processes(process.mark)))
+    assert keeper.is_at_work(process.mark)
+    process._keeper.send_signal(signal.SIGCONT)
+    wait_until(lambda: not keeper.is_at_work(process.mark))
+    assert process.poll() == 75
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
 # What the run folder says
 
 
