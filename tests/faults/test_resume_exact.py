@@ -6,18 +6,34 @@ Dropout is on, epochs end within the run, a step has several micro-batches. "Cut
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from harness import Fault, Job, assert_same_run, fault, same
+import torch
+from harness import Fault, Job, assert_same_run, fault, same, shared
+from safetensors.torch import load_file
 
 STEP = "sft.train:train_step"
 STEPS = 8  # of the job: two epochs of four
 
 LORA = {"model.tuning=lora", "model.lora.rank=4", "model.lora.dropout=0.1"}
 QLORA = {*LORA - {"model.tuning=lora"}, "model.tuning=qlora"}
-TUNINGS = {"full": set(), "lora": LORA, "qlora": QLORA}
+TUNINGS = {
+    "full": set(),
+    "lora": LORA,
+    "qlora": QLORA,
+    "full, mixed": {"model.precision=mixed"},
+    "full, bf16": {"model.precision=bf16"},
+    "lora, mixed": {*LORA, "model.precision=mixed"},
+    "lora, bf16": {*LORA, "model.precision=bf16"},
+    "qlora, mixed": {*QLORA, "model.precision=mixed"},
+}
+LOWER = [tuning for tuning in TUNINGS if "," in tuning]
 
 
 @functools.cache
@@ -110,11 +126,56 @@ def test_adapters(tmp_path: Path, tuning: str) -> None:
     assert_same_run(job, reference(tuning))
 
 
+@pytest.mark.slow  # tests/test_train.py keeps a short one
+@pytest.mark.parametrize("tuning", LOWER)
+def test_in_lower_precision(tmp_path: Path, tuning: str) -> None:
+    """Stopped, killed and resumed with 16-bit arithmetic, and in `mixed` with float32 weights beside it."""
+    job = new_job(tmp_path, tuning)
+    assert job.run(faults=stop_after(3)).codes == [75]
+    kept = {str(tensor.dtype) for tensor in load_checkpoint(job).values() if tensor.is_floating_point()}
+    assert ("torch.float32" if "mixed" in tuning else "torch.bfloat16") in kept
+    assert job.run(faults=[fault(STEP, 3, "SIGKILL")]).codes == [-9]
+    job.train()
+    assert_same_run(job, reference(tuning))
+
+
+def load_checkpoint(job: Job) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in (job.checkpoints[0] / "model").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.gpu
+def test_on_cuda_with_deterministic_kernels(tmp_path: Path) -> None:
+    """`run.deterministic: true`: stopped, killed and resumed on a GPU, in the precision that `auto` takes there."""
+    assert torch.cuda.is_available(), "-m gpu asks for a machine with a CUDA device"
+    settings = ["run.deterministic=true", "model.precision=auto", "train.epochs=60", "save.every=7", "eval.every=50"]
+    whole, cut = Job(tmp_path / "whole", *settings), Job(tmp_path / "cut", *settings)
+    assert process_of(whole).wait(300) == 0
+    for number, step, code in ((signal.SIGTERM, 20, 75), (signal.SIGKILL, 60, -9)):
+        process = process_of(cut)
+        cut.wait_for_step(step, timeout=200)
+        process.send_signal(number)
+        assert process.wait(100) == code
+    assert process_of(cut).wait(300) == 0
+    assert_same_run(cut, whole)
+
+
+def process_of(job: Job) -> subprocess.Popen[bytes]:
+    """A process of its own: CUDA does not survive the fork of the other tests' runs."""
+    command = [sys.executable, "-m", "sft", "train", str(job.config), *job.overrides]
+    return subprocess.Popen(command, env={**os.environ, "SFT_CACHE": str(shared() / "cache")})
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("world", "tuning"),
     [
         (2, "full"),
+        pytest.param(2, "full, mixed", marks=pytest.mark.slow),
+        pytest.param(2, "lora, mixed", marks=pytest.mark.slow),
         pytest.param(3, "full", marks=pytest.mark.slow),
         pytest.param(2, "lora", marks=pytest.mark.slow),
         pytest.param(3, "lora", marks=pytest.mark.slow),
