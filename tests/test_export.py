@@ -149,6 +149,25 @@ def test_variants_of_lora_merge(tmp_path: Path, lora: Lora) -> None:
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=" ".join)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_head_that_is_trained_apart_is_exported_apart(tmp_path: Path, modules: list[str]) -> None:
+    base = base_model(tmp_path / "base", tie=True)
+    lora = Lora(rank=4, alpha=8, targets=["q_proj"], modules_to_save=modules)
+    live = trained_adapter(base, tmp_path / "run", lora=lora)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = logits(live)
+    export(str(tmp_path / "run"), out=tmp_path / "out", merge=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(logits(plain), before) < 0.05
+    embedding, head = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+    assert not torch.equal(embedding, head)
+    original = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding, original) == ("embed_tokens" not in modules)
+    assert torch.equal(head, original) == ("lm_head" not in modules)
+
+
 def test_merging_rounds_each_weight_once(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     trained_adapter(base, tmp_path / "run", lora=Lora(rank=4, alpha=8, targets=["q_proj"]))
