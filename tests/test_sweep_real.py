@@ -15,7 +15,7 @@ from test_sweep import here, run, start, table, wait_for  # noqa: F401
 from sft.configfile import load_config
 from sft.runfolder import read_events
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.timeout(900)]
 
 BASE = """\
 model: {name: MODEL, precision: fp32}
@@ -94,3 +94,17 @@ def test_behind_accelerate_launch_pruning_stops_all_ranks(prepared):
     status = json.loads(Path("sw/trials/0001/status.json").read_text())
     assert (status["state"], status["code"]) == ("stopped", 75)
     assert "[1]:" in Path("sw/trials/0001.log").read_text()  # the launcher saw rank 1 leave with 75 too
+
+
+def test_two_workers_behind_accelerate_launch_do_not_meet(prepared):
+    launch = 'launch=[accelerate, launch, --cpu, --num_processes, "2"]'
+    code, out, err = run(launch, "trials=2", "train.max_steps=12")
+    assert code == 0, err
+    assert [row["state"] for row in table()] == ["complete"] * 2
+    said = [json.loads(Path(f"sw/trials/000{n}/environment.json").read_text()) for n in range(2)]
+    assert [one["processes"] for one in said] == [2, 2]
+    assert "train it: accelerate launch --cpu --num_processes 2 -m sft train sw/best.yaml" in out
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "2"]
+    subprocess.run([*command, "-m", "sft", "train", "sw/best.yaml"], check=True, capture_output=True)
+    best = min(table(), key=lambda row: float(row["value"]))
+    assert last_loss("sw/best") == float(best["value"])
