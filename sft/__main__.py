@@ -45,6 +45,9 @@ Overrides = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model. Read it first.")
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -246,6 +249,7 @@ def evaluate(
 @guarded
 def chat(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A run, an adapter or a model.", show_default=False)],
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> int:
     """Talk to a run, an adapter or a model."""
@@ -254,7 +258,7 @@ def chat(
     settle_hub(names_behind(path))
     from sft.chat import chat
 
-    return chat(path)
+    return chat(path, trust_remote_code=trust_remote_code)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -264,6 +268,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the 16-bit base.")] = False,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload to this hub repository.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> int:
     """Write a plain Hugging Face model folder."""
@@ -272,7 +277,7 @@ def export(
     settle_hub(names_behind(run))
     from sft.export import export
 
-    return export(run, out=out, merge=merge, push=push)
+    return export(run, out=out, merge=merge, push=push, trust_remote_code=trust_remote_code)
 
 
 @app.command(rich_help_panel=AFTER)

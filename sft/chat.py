@@ -27,10 +27,12 @@ HELP = (
 )
 
 
-def chat(path: str) -> int:
-    """Talks until the input ends. Raises ModelError where there is no model or it has no chat template."""
+def chat(path: str, *, trust_remote_code: bool = False) -> int:
+    """Talks until the input ends. `trust_remote_code`: code that the model brings may run.
+
+    Raises ModelError where there is no model or it has no chat template."""
     hush_libraries()
-    model, tokenizer, template_args = open_model(path)
+    model, tokenizer, template_args = open_model(path, trust_remote_code=trust_remote_code)
     terminal = sys.stdin.isatty()
     talk = Talk(
         model,
@@ -170,7 +172,7 @@ class Streamer:
             self._write(fresh)
 
 
-def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
+def open_model(path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, Any]]:
     """(model, tokenizer, arguments that training gave to the template)."""
     import torch
 
@@ -179,7 +181,11 @@ def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise ModelError(f"{path}: there is no such file or folder. Name a run, an adapter, a model or a .gguf file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_trained(str(Path(path).expanduser()) if path.startswith("~") else path, device=device)
+    model, tokenizer = load_trained(
+        str(Path(path).expanduser()) if path.startswith("~") else path,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     if not tokenizer.chat_template:
         raise ModelError(
             f"{path} has no chat template: it is a base model and cannot hold a conversation. "

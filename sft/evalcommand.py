@@ -96,7 +96,12 @@ def load(
     attention.register()
     kinds = dtypes(resolve_precision(config.model.precision, device))
     tuning = config.model.tuning
-    live, tokenizer = load_trained(model, dtype=kinds.trained if tuning == "full" else kinds.frozen, device=device)
+    live, tokenizer = load_trained(
+        model,
+        dtype=kinds.trained if tuning == "full" else kinds.frozen,
+        device=device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     if tuning == "qlora":
         say("note: the base is loaded in 16 bits; training's own evaluations saw it in 4 bits")
     check_tokens(live, tokenizer, bundle, model)

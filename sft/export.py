@@ -18,6 +18,7 @@ from sft.errors import EXIT_DONE, ModelError
 from sft.hush import hush_libraries
 from sft.modelcard import is_hub_id
 from sft.pickles import is_pickle_name, refuse_pickled_weights
+from sft.runcard import run_card
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,18 @@ MERGED_16_BIT = 0.2
 Say = Callable[[str], None]
 
 
-def export(run: str, *, out: Path | str, merge: bool = False, push: str | None = None, say: Say = print) -> int:
+def export(
+    run: str,
+    *,
+    out: Path | str,
+    merge: bool = False,
+    push: str | None = None,
+    trust_remote_code: bool = False,
+    say: Say = print,
+) -> int:
     """Writes the model of `run` (a run folder, checkpoint, adapter or model) to `out`. Returns the exit code.
 
+    `trust_remote_code`: code that the model brings may run.
     Raises ModelError where there is nothing to export, `out` is taken, the written folder does not give the run's
     logits, or the upload is refused.
     """
@@ -49,14 +59,14 @@ def export(run: str, *, out: Path | str, merge: bool = False, push: str | None =
     staging.mkdir(parents=True)
     try:
         if adapter and merge:
-            expected = write_merged(source, staging)
+            expected = write_merged(source, staging, trust_remote_code)
             say(f"{source}: the adapter is folded into {base_name(source)}")
         else:
             if merge:
                 say(f"{source} is a whole model already: there is nothing to fold in")
-            expected = write_copy(source, staging)
+            expected = write_copy(source, staging, trust_remote_code)
         _write_card(Path(run), source, staging, merged=adapter and merge)
-        say(verify_folder(staging, expected))
+        say(verify_folder(staging, expected, trust_remote_code))
         if target.exists():
             target.rmdir()  # empty, as `_refuse_taken` saw
         staging.rename(target)
@@ -101,22 +111,23 @@ class Expected:
     rounding: float | None = None  # what folding the adapter in has changed
 
 
-def write_copy(source: Path, target: Path) -> Expected:
+def write_copy(source: Path, target: Path, trusted: bool = False) -> Expected:
     """The files of `source` as they are, without what only training needs."""
     from sft.model import load_trained
 
     _copy_files(source, target, lambda name: True)
-    model, tokenizer = load_trained(source)
+    model, tokenizer = load_trained(source, trust_remote_code=trusted)
     return _expect(model, tokenizer)
 
 
-def write_merged(source: Path, target: Path) -> Expected:
+def write_merged(source: Path, target: Path, trusted: bool = False) -> Expected:
     """The base in its own dtype with the adapter of `source` folded in, as a plain model folder."""
     from transformers import AutoTokenizer
 
     from sft.model import load_adapter
 
-    model, tokenizer = load_adapter(source), AutoTokenizer.from_pretrained(source)
+    model = load_adapter(source, trust_remote_code=trusted)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     adapted = _expect(model, tokenizer)
     merged = merge_adapter(model)
     expected = _expect(merged, tokenizer)
@@ -172,16 +183,19 @@ def _untie_where_parted(model: Any) -> None:
             config.tie_word_embeddings = False
 
 
-def verify_folder(folder: Path, expected: Expected) -> str:
-    """Loads `folder` with plain transformers or PEFT and compares logits; a sentence that says so, or ModelError."""
+def verify_folder(folder: Path, expected: Expected, trusted: bool = False) -> str:
+    """Loads `folder` with plain transformers or PEFT and compares logits; a sentence that says so, or ModelError.
+
+    `trusted`: the code that the model brings may run.
+    """
     from transformers import AutoTokenizer
 
     from sft.serving import load_as_stranger
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     if list(probe_ids(tokenizer)) != expected.ids:
         raise ModelError(f"{folder}: the saved tokenizer gives other ids than the run's. Nothing was exported.")
-    logits_TV = logits_of(load_as_stranger(folder), expected.ids)
+    logits_TV = logits_of(load_as_stranger(folder, trust_remote_code=trusted), expected.ids)
     found, same = difference(logits_TV, expected.logits_TV, len(tokenizer))
     allowed = RELOADED.get(expected.dtype, RELOADED_16_BIT)
     library = "PEFT" if (folder / "adapter_config.json").is_file() else "transformers"
@@ -281,8 +295,6 @@ def _copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> No
 
 def _write_card(run: Path, source: Path, target: Path, *, merged: bool) -> None:
     """The run's card, rewritten for a merged model where the run's record is at hand."""
-    from sft.runcard import run_card
-
     card = run_card(run if (run / "metrics.jsonl").is_file() else source.parent, merged=merged)
     if card is not None:
         (target / "README.md").write_text(card, encoding="utf-8")

@@ -110,4 +110,5 @@ def _serve(session: Session, final: Path) -> dict[str, Any]:
             model=live,
             template_args=session.config.data.template_args,
             pinned_date=read_json(session.folder.environment)["date"],
+            trust_remote_code=session.config.model.trust_remote_code,
         )

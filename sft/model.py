@@ -87,7 +87,8 @@ def load_base(
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"model.name: {name!r} brings code of its own, which was not run. Read it, then allow it with "
-                "model.trust_remote_code: true, or choose a model that transformers knows by itself."
+                "model.trust_remote_code: true (sft chat and sft export: --trust-remote-code), or choose a model that "
+                "transformers knows by itself."
             ) from error
         raise ModelError(
             f"model.name: {name!r} could not be loaded: {_first_line(error)} "
@@ -298,7 +299,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trained, every
 
 
-def load_trained(path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+def load_trained(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """(model, tokenizer) of a run folder, a checkpoint, an adapter folder, a model folder, a GGUF file or a hub id.
 
     Adapters are put on the base model that they name. The model is in evaluation mode.
@@ -308,15 +315,20 @@ def load_trained(path: Path | str, *, dtype: torch.dtype | None = None, device: 
     source = trained_folder(path)
     adapter_config = Path(source) / "adapter_config.json"
     if adapter_config.is_file():
-        model = load_adapter(Path(source), dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = load_adapter(Path(source), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     else:
-        model = load_base(str(source), dtype=dtype or "auto", device=device)
-        tokenizer = AutoTokenizer.from_pretrained(model_source(str(source)))
+        model = load_base(str(source), dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model_source(str(source)), trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
 
 
-def load_adapter(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+def load_adapter(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """The adapter in `folder` on its base model in 16 bit (or `dtype`), the vocabulary grown as it was in training."""
     import json
 
@@ -325,9 +337,13 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None = None, device: torc
 
     settings = json.loads((folder / "adapter_config.json").read_text())
     base = load_base(
-        settings["base_model_name_or_path"], revision=settings.get("revision"), dtype=dtype or "auto", device=device
+        settings["base_model_name_or_path"],
+        revision=settings.get("revision"),
+        dtype=dtype or "auto",
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
-    grow_vocabulary(base, len(AutoTokenizer.from_pretrained(folder)))
+    grow_vocabulary(base, len(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)))
     return PeftModel.from_pretrained(base, folder)
 
 

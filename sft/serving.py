@@ -28,6 +28,7 @@ def check_serving(
     model: Any = None,
     template_args: Mapping[str, Any] | None = None,
     pinned_date: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Checks `folder` on held-out samples and returns what came of it, as plain values.
 
@@ -45,11 +46,11 @@ def check_serving(
 
     folder = Path(folder)
     arguments = dict(template_args or {})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    template, date = tokenizer.chat_template, None
-    if pinned_date is not None and "strftime_now" in str(template):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    saved, date = tokenizer.chat_template, None
+    if pinned_date is not None and "strftime_now" in str(saved):
         date = datetime.fromisoformat(pinned_date)
-        tokenizer.chat_template = pinned(template, date)
+        tokenizer.chat_template = pinned(saved, date)
     stop_ids = saved_stop_ids(folder)
     mismatches: list[dict[str, Any]] = []
     excepted: list[str] = []
@@ -61,7 +62,10 @@ def check_serving(
             excepted.append(str(sample["source"]))
         else:
             mismatches.append({"source": sample["source"], **difference})
-    answers = _answers(folder, tokenizer, samples, stop_ids, max_new_tokens, model) if samples else []
+    weights = "folder" if model is None else "live"
+    if samples and model is None:
+        model = load_as_stranger(folder, trust_remote_code=trust_remote_code)
+    answers = _answers(model, tokenizer, samples, stop_ids, max_new_tokens) if samples else []
     stopped = sum(answer["stopped"] for answer in answers)
     return {
         "passed": bool(samples) and not mismatches and stopped == len(samples),
@@ -70,10 +74,10 @@ def check_serving(
         "stopped": stopped,
         "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
         "max_new_tokens": max_new_tokens,
-        "weights": "folder" if model is None else "live",
+        "weights": weights,
         "template_args": arguments,
         "date": date and date.date().isoformat(),
-        "another_day": date and another_day(folder, samples, arguments, date + LATER),
+        "another_day": date and another_day(tokenizer, saved, samples, arguments, date + LATER),
         "mismatches": mismatches,
         "excepted": excepted,
         "answers": answers,
@@ -153,15 +157,15 @@ def saved_stop_ids(folder: Path) -> list[int]:
     return [int(stop) for stop in stops] if isinstance(stops, list | tuple) else [int(stops)]
 
 
-def load_as_stranger(folder: Path) -> Any:
+def load_as_stranger(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Plain transformers or PEFT, by the folder alone. An adapter brings its base by the name that it carries."""
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(folder)
+        return AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def pinned(template: Any, now: datetime) -> Any:
@@ -172,16 +176,17 @@ def pinned(template: Any, now: datetime) -> Any:
 
 
 def another_day(
-    folder: Path, samples: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any], now: datetime
+    tokenizer: Any,
+    template: Any,
+    samples: Sequence[Mapping[str, Any]],
+    template_args: Mapping[str, Any],
+    now: datetime,
 ) -> dict[str, Any] | None:
-    """How prompts differ from training's when the saved folder is asked at `now`: {date, differ, trained, served}.
+    """How prompts differ from training's when the saved template is rendered at `now`: {date, differ, trained, served}.
 
     `trained` and `served` are the texts in which the first such prompt differs, with some tokens around.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = pinned(tokenizer.chat_template, now)
+    tokenizer.chat_template = pinned(template, now)
     found = []
     for sample in samples:
         trained, served = list(sample["prompt_ids"]), served_ids(tokenizer, sample, template_args)
@@ -204,14 +209,8 @@ def shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _answers(
-    folder: Path,
-    tokenizer: Any,
-    samples: Sequence[Mapping[str, Any]],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    model: Any,
+    served: Any, tokenizer: Any, samples: Sequence[Mapping[str, Any]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    served = load_as_stranger(folder) if model is None else model
     prompts = [list(sample["prompt_ids"]) for sample in samples]
     with inference_mode_of(served):
         completions = complete(served, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
