@@ -89,8 +89,8 @@ def largest(
         slope = (u1.share - u0.share) / (n1 - n0)
         room = n1 + int((share - u1.share) / slope) if slope > 0 else 2 * n1
         if len(points) == 2 and u1.share < share / 2:  # one measurement draws no line: much of it may be fixed
-            room = max(2 * n1, GRAIN)
-        wanted = _rounded(min(room, max(2 * n1, GRAIN), ceiling), n1)
+            room = max(2 * n1, 2 * GRAIN)
+        wanted = _rounded(min(room, max(2 * n1, 2 * GRAIN), ceiling), n1)
         if wanted - n1 < max(GRAIN // 2, n1 // 20) and not (wanted == ceiling > n1):
             return Fit(_within(points, floor, share), True, _per_token(points))
         if clock() - began + took * wanted / n1 > seconds:
