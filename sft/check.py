@@ -126,17 +126,13 @@ def _with_sources_that_exist(picture: Picture) -> Config | None:
 def _read_only(picture: Picture, sources: list[Source]) -> None:
     """Reads rows and brings them to their formats, where no tokenizer can encode them."""
     from sft.data.pipeline import Dealer, to_sample
-    from sft.data.sources import read_rows
     from sft.types import Note
 
     bad: list[str] = []
     dealer = Dealer(lambda line: None, {})
     for origin, source in enumerate(sources):
         try:
-            rows = read_rows(
-                source.path, **source.model_dump(include={"split", "subset", "revision", "columns", "limit"})
-            )
-            for batch in dealer.deal(rows, origin, source.format):
+            for batch in dealer.read(source, origin):
                 picture.rows += len(batch.rows)
                 samples = (to_sample(row, batch) for row in batch.rows)
                 bad += [f"{note.source}: {note.detail}" for note in samples if isinstance(note, Note)]

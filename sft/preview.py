@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -100,15 +100,10 @@ def gather(config: Config, bundle: TokenizerBundle, n: int) -> Gathered:
 def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) -> Iterator[Example]:
     """The examples of a source in the order of its rows; what becomes of the others goes to `left_out`."""
     from sft.data.pipeline import Dealer, to_sample
-    from sft.data.sources import read_rows
     from sft.types import Note
 
-    rows = read_rows(
-        source.path, split=source.split, subset=source.subset, revision=source.revision, columns=source.columns,
-        limit=source.limit,
-    )  # fmt: skip
     dealer = Dealer(lambda line: None, {})
-    for batch in dealer.deal(islice(rows, ROWS_TRIED), origin, source.format):
+    for batch in dealer.read(source, origin, ROWS_TRIED):
         for row in batch.rows:
             sample = to_sample(row, batch)
             if isinstance(sample, Note):

@@ -47,14 +47,14 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 def _content(loaded: LoadedSweep) -> dict[str, str]:
     """Digests of the files that are trained on and scored; a hub id is known by its name and revision."""
-    from sft.data.sources import source_files, source_fingerprint
+    from sft.data.sources import place_of, source_files, source_fingerprint
 
     found = {}
     data = loaded.base.config.data
     for name, sources in (("train", data.train), ("eval", data.eval if isinstance(data.eval, list) else [])):
         for index, source in enumerate(sources):
-            if source_files(source.path):
-                digest = source_fingerprint(source.path, columns=source.columns, limit=source.limit)
+            if source_files(source.path, source.split):
+                digest = source_fingerprint(place_of(source))
                 found[f"rows of data.{name}.{index}"] = f"{source.path}, sha256 {digest[:16]}"
     return found
 

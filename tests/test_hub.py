@@ -62,11 +62,12 @@ DATA = {
 }
 ASK = """
 import json, sys
-from sft.data.sources import read_rows, source_fingerprint
+from sft.data.sources import Place, read_rows, source_fingerprint
 from sft.errors import DataError
 for asked in json.loads(sys.argv[1]):
     try:
-        print(json.dumps([[[r.source, r.data] for r in read_rows(**asked)], source_fingerprint(**asked)]))
+        place = Place(**asked)
+        print(json.dumps([[[r.source, r.data] for r in read_rows(place)], source_fingerprint(place)]))
     except DataError as error:
         print(json.dumps(str(error)))
 """

@@ -13,7 +13,7 @@ import pytest
 from sft.config import Config
 from sft.data.loader import Prepared, prepare
 from sft.data.readers import Row
-from sft.data.sources import read_rows
+from sft.data.sources import Place, read_rows
 from sft.errors import DataError
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 
@@ -308,7 +308,7 @@ def test_reading_holds_a_few_rows_at_a_time(name: str) -> None:
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table({"text": [f"{i} {text}" for i in range(count)]}), name, row_group_size=500)
-    assert sum(1 for _ in read_rows(name, limit=100)) == 100  # imports do not count
+    assert sum(1 for _ in read_rows(Place(name, limit=100))) == 100  # imports do not count
     tracemalloc.start()
     assert sum(isinstance(row, Row) for row in read_rows(name)) == count
     peak = tracemalloc.get_traced_memory()[1]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.sources import BadRow, Row, file_of, read_rows, source_files, source_fingerprint
+from sft.data.sources import BadRow, Place, Row, file_of, read_rows, source_files, source_fingerprint
 from sft.errors import DataError
 
 A, B, C = {"text": "one"}, {"text": "two"}, {"text": "three"}
@@ -36,7 +36,7 @@ def write(name: str, content: str | bytes) -> str:
 
 def found(path: str, **options: Any) -> list[tuple[str, object]]:
     """(source, data) of each row; of a bad row its message."""
-    return [(r.source, r.data if isinstance(r, Row) else r.message) for r in read_rows(path, **options)]
+    return [(r.source, r.data if isinstance(r, Row) else r.message) for r in read_rows(Place(path, **options))]
 
 
 def test_json_lines_know_their_line_past_empty_lines_crlf_and_a_byte_order_mark(here: Path) -> None:
@@ -233,8 +233,8 @@ def test_the_fingerprint_follows_content_and_settings_not_dates(here: Path) -> N
     before = source_fingerprint("a.jsonl")
     os.utime("a.jsonl", (1, 1))
     assert source_fingerprint("a.jsonl") == before
-    assert source_fingerprint("a.jsonl", limit=1) != before
-    assert source_fingerprint("a.jsonl", columns={"text": "prompt"}) != before
+    assert source_fingerprint(Place("a.jsonl", limit=1)) != before
+    assert source_fingerprint(Place("a.jsonl", columns={"text": "prompt"})) != before
     write("a.jsonl", lines(A, C))
     assert source_fingerprint("a.jsonl") != before
 
@@ -249,3 +249,13 @@ def test_the_file_of_a_row(source: str, file: str) -> None:
 
 def test_a_bad_row_is_no_row() -> None:
     assert not isinstance(BadRow("a:1", "x"), Row)
+
+
+def test_columns_that_make_up_a_format_go_before_others_wherever_a_source_is_read(here: Path) -> None:
+    from sft.config import Source
+    from sft.data.pipeline import Dealer
+
+    write("a.jsonl", lines({"question": "q", "answer": "a", "messages": [{"role": "user", "content": "Hi"}]}))
+    source = Source(path="a.jsonl", columns={"question": "prompt", "answer": "completion"})
+    assert [batch.format for batch in Dealer(lambda line: None, {}).read(source, 0)] == ["prompt_completion"]
+    assert list(Dealer(lambda line: None, {}).read(source, 0, most=0)) == []

@@ -19,7 +19,6 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
 from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream
 from sft.data.samples import Picks, pick_samples
-from sft.data.sources import read_rows, source_files, source_fingerprint
+from sft.data.sources import place_of, source_files, source_fingerprint
 from sft.data.store import (
     NOTES,
     Prepared,
@@ -93,15 +92,11 @@ def _sources(data: Data) -> list[Source]:
     return [*data.train, *(data.eval if isinstance(data.eval, list) else [])]
 
 
-def _settings_of(source: Source) -> dict[str, Any]:
-    return source.model_dump(include={"split", "subset", "revision", "columns", "limit"})
-
-
 def cache_key(data: Data, bundle: TokenizerBundle, settings: EncodeSettings) -> str:
     """Changes with anything that the prepared data depends on. `repeat` is no part: it is applied when opened."""
     facts = {
-        "train": [(source_fingerprint(s.path, **_settings_of(s)), s.format) for s in data.train],
-        "eval": [(source_fingerprint(s.path, **_settings_of(s)), s.format) for s in data.eval]
+        "train": [(source_fingerprint(place_of(s)), s.format) for s in data.train],
+        "eval": [(source_fingerprint(place_of(s)), s.format) for s in data.eval]
         if isinstance(data.eval, list)
         else data.eval,
         "rules": [data.on_bad_row, data.max_dropped],
@@ -200,10 +195,7 @@ def _encode_all(
     dealer = Dealer(_few(say), {})
     picks = Picks(len(data.train))
     formats: dict[int, set[str]] = {}
-    batches = chain.from_iterable(
-        dealer.deal(read_rows(source.path, **_settings_of(source)), origin, source.format, set(source.columns.values()))
-        for origin, source in enumerate(_sources(data))
-    )
+    batches = chain.from_iterable(dealer.read(source, origin) for origin, source in enumerate(_sources(data)))
     started = said = time.monotonic()
     for batch, encoded in encode_stream(batches, partial(Encoder, bundle, settings), workers):
         _store(writer, ledger, batch, encoded, picks, say if data.on_bad_row == "error" else None)

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,12 @@ from numpy.typing import NDArray
 from sft.data.formats import FORMATS, detect_format
 from sft.data.heldout import content_hash
 from sft.data.readers import BadRow, Row
-from sft.data.sources import file_of
+from sft.data.sources import file_of, place_of, read_rows
 from sft.errors import DataError, DeviceError
 from sft.types import Example, Float32Array, Int32Array, Note, Sample
+
+if TYPE_CHECKING:
+    from sft.config import Source
 
 BATCH_ROWS = 256
 BATCH_BYTES = 2**21
@@ -248,6 +251,11 @@ class Dealer:
 
     say: Callable[[str], None]
     formats: dict[str, str]  # file → format, filled on the way
+
+    def read(self, source: Source, origin: int, most: int | None = None) -> Iterator[RowBatch]:
+        """The rows of the config's source number `origin`, at most so many."""
+        rows = itertools.islice(read_rows(place_of(source)), most)
+        return self.deal(rows, origin, source.format, set(source.columns.values()))
 
     def deal(
         self, rows: Iterable[Row | BadRow], origin: int, wanted: str, mapped: Collection[str] = ()

@@ -1,6 +1,6 @@
 """File, folder, glob or hub id → rows that know their `file:line`.
 
-    read_rows("data/a.jsonl", columns={"question": "prompt"})  →  Row("data/a.jsonl:1", {"prompt": …}), …
+    read_rows(Place("data/a.jsonl", columns={"question": "prompt"}))  →  Row("data/a.jsonl:1", {"prompt": …}), …
 
 Files are read by `readers`, line by line in bounded memory; a hub id goes through `datasets`.
 """
@@ -15,13 +15,17 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.data.readers import READERS, BadRow, Row, Rows, kind_of, read_file, rows_of_batches
 from sft.errors import DataError, did_you_mean
 
-__all__ = ["BadRow", "Row", "file_of", "read_rows", "source_files", "source_fingerprint"]
+if TYPE_CHECKING:
+    from sft.config import Source
+
+__all__ = ["BadRow", "Place", "Row", "file_of", "place_of", "read_rows", "source_files", "source_fingerprint"]
 
 HEAD_ROWS = 100
 """A column that none of the first rows has does not exist."""
@@ -33,29 +37,39 @@ _SPLIT_WORDS = {
 }  # fmt: skip
 
 
-def read_rows(
-    path: str,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] = {},
-    limit: int | None = None,
-) -> Rows:
-    """The rows of a source in order, `columns` renamed (theirs → ours), at most `limit` of them.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows come from, and which of them: what the config says of a source, but its format and its share."""
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+
+def place_of(source: Source) -> Place:
+    return Place(source.path, source.split, source.subset, source.revision, source.columns, source.limit)
+
+
+def read_rows(place: Place | str) -> Rows:
+    """The rows of a source in order, its columns renamed (theirs → ours), at most `limit` of them.
 
     Raises DataError where the source or a column does not exist or a file is unreadable as a whole; a row that is
     unreadable comes as `BadRow`. `split` picks among the files of a folder whose names say train, test, validation.
     """
+    place = Place(place) if isinstance(place, str) else place
+    columns = place.columns
     twice = sorted({ours for ours in columns.values() if list(columns.values()).count(ours) > 1})
     if twice:
         raise DataError(f"columns: two columns are mapped to '{twice[0]}': {dict(columns)}. Map one of them")
-    files = source_files(path, split)
+    files = source_files(place.path, place.split)
     if files:
         rows: Rows = itertools.chain.from_iterable(read_file(file, _shown(file), columns) for file in files)
     else:
-        rows = _read_hub(path, split, subset, revision)
-    return itertools.islice(_renamed(rows, columns, path), limit)
+        rows = _read_hub(place)
+    return itertools.islice(_renamed(rows, columns, place.path), place.limit)
 
 
 def file_of(source: str) -> str:
@@ -154,9 +168,10 @@ def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
             yield row
 
 
-def _load_hub(path: str, split: str, subset: str | None, revision: str | None) -> Any:
+def _load_hub(place: Place) -> Any:
     import datasets
 
+    path, split, subset, revision = place.path, place.split, place.subset, place.revision
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -214,28 +229,21 @@ def _require_cached_revision(data: Any, path: str, revision: str) -> None:
         )
 
 
-def _read_hub(path: str, split: str, subset: str | None, revision: str | None) -> Rows:
-    data = _load_hub(path, split, subset, revision).with_format("arrow")
+def _read_hub(place: Place) -> Rows:
+    data = _load_hub(place).with_format("arrow")
     tables = (table for table in data.iter(1024))
     batches = itertools.chain.from_iterable(table.to_batches() for table in tables)
-    yield from rows_of_batches(batches, f"{path}[{split}]")
+    yield from rows_of_batches(batches, f"{place.path}[{place.split}]")
 
 
-def source_fingerprint(
-    path: str,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] = {},
-    limit: int | None = None,
-) -> str:
+def source_fingerprint(place: Place | str) -> str:
     """SHA-256 over the settings and over the bytes of every file: changes with any row, not with a file's date."""
-    settings = json.dumps([path, split, subset, revision, dict(columns), limit], sort_keys=True)
+    place = Place(place) if isinstance(place, str) else place
+    settings = json.dumps([*astuple(place)], sort_keys=True)
     digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
-    files: Iterable[Path] = source_files(path, split)
+    files: Iterable[Path] = source_files(place.path, place.split)
     if not files:
-        data = _load_hub(path, split, subset, revision)
+        data = _load_hub(place)
         files = [Path(cached["filename"]) for cached in data.cache_files]
         digest.update(f"{data.num_rows} {data.features} {data._fingerprint if not files else ''}".encode())
     for file in files:
