@@ -140,7 +140,8 @@ def test_states_of_optimizers() -> None:
 
 def test_this_machine_has_room_and_a_footprint() -> None:
     assert footprint().address_space > footprint().resident > 10**7
-    assert tightest().bytes == min(room.bytes for room in rooms())
+    # others on this machine take and give memory meanwhile
+    assert tightest().bytes == pytest.approx(min(room.bytes for room in rooms()), rel=0.2)
     with HighWater() as water:
         block = b"x" * 50_000_000
     grown = water.most.resident - water.before.resident
