@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from sft.config import Config, Section
 from sft.configkeys import cure, example, explain_unknown, section_under, walk_keys, wanted
 from sft.errors import ConfigError
-from sft.secrets import mask_secrets
+from sft.secrets import MASK, mask_secrets
 from sft.unread import DEFAULT, unread_keys
 from sft.yamltree import KeyPath, dotted, flow, parse_yaml, read_yaml
 
@@ -28,6 +28,7 @@ __all__ = ["COMMAND_LINE", "DEFAULT", "LoadedConfig", "dump_config", "json_schem
 
 COMMAND_LINE = "command line"
 _HEADER = "# Resolved from"
+_BARE_MASK = re.compile(rf"(?<![^\s\[{{,]){re.escape(MASK)}")
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,8 @@ def dump_config(loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None)
     values = loaded.config.model_dump(mode="json")
     lines += _dumped(values, Config, (), loaded.origins, left)
     lines += [f"# resolved: {key}: {flow(value)}" for key, value in left.items()]
-    return mask_secrets("\n".join(lines) + "\n")
+    text = mask_secrets("\n".join(lines) + "\n")
+    return _BARE_MASK.sub("(masked)", text)  # a value that begins with * would be read as an alias
 
 
 def _dumped(

@@ -545,4 +545,6 @@ def test_credentials_reach_neither_the_dump_nor_an_error(monkeypatch: pytest.Mon
     loaded = load(MINIMAL, "data.template_args={x: swordfish-swordfish}", f"log.name={TOKEN}")
     assert "swordfish" not in dump_config(loaded)
     assert TOKEN not in dump_config(loaded)
+    Path("dump.yaml").write_text(dump_config(loaded), encoding="utf-8")
+    assert load_config("dump.yaml").config.data.template_args == {"x": "(masked)"}, "masked, it is still YAML"
     assert "swordfish" not in refusal(MINIMAL, "run.seed=swordfish-swordfish")
