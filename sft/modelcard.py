@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from sft.hub import is_local
+
 METRICS = {
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
@@ -71,16 +73,23 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and public_name(name) == name
 
 
+def _is_on_hub(name: str) -> bool:
+    """Whether a model or a source of data is the hub's, as far as can be told: `data/a.jsonl` and `models/mine` beside
+    the run look like ids, too."""
+    file = PurePath(name).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+    return is_hub_id(name) and not file and not is_local(name)
+
+
 def _header(config: Mapping[str, Any], report: Mapping[str, Any], license: str | None, *, plain: bool) -> str:
     name, tuning = config["model"]["name"], config["model"]["tuning"]
     lines = ["---"]
-    if is_hub_id(name):
+    if _is_on_hub(name):
         lines += [f"base_model: {name}"]
         lines += [f"base_model_relation: {'finetune' if plain else 'adapter'}"]
     lines += [f"library_name: {'transformers' if plain else 'peft'}", "pipeline_tag: text-generation"]
     if license:
         lines.append(f"license: {license}")
-    datasets = [source["path"] for source in report.get("by_source", ()) if is_hub_id(str(source["path"]))]
+    datasets = [source["path"] for source in report.get("by_source", ()) if _is_on_hub(str(source["path"]))]
     if datasets:
         lines += ["datasets:", *(f"  - {path}" for path in dict.fromkeys(datasets))]
     tags = ["sft", "conversational"] + ([] if tuning == "full" else ["lora"])
@@ -92,7 +101,8 @@ def _opening(config: Mapping[str, Any], *, plain: bool) -> str:
     title = PurePath(str(config["run"].get("dir") or "model")).name
     kind = "A" if plain else "An adapter: a"
     folded = ", folded into the weights of its base" if plain and tuning != "full" else ""
-    return f"# {title}\n\n{kind} {METHODS[tuning]} of **{name}**{folded}."
+    revision = f" (revision `{config['model']['revision']}`)" if config["model"].get("revision") else ""
+    return f"# {title}\n\n{kind} {METHODS[tuning]} of **{name}**{revision}{folded}."
 
 
 def _talk(config: Mapping[str, Any], *, plain: bool) -> str:

@@ -104,6 +104,19 @@ def test_names_without_folders(name: str, shown: str, hub: bool) -> None:
     assert is_hub_id(name) is hub
 
 
+def test_files_and_folders_here_are_not_named_as_the_hub_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    sources = [{**REPORT["by_source"][0], "path": path} for path in ("data/a.jsonl", "data/b.parquet", "org/chats")]
+    found = header(model_card(config(name="models/mine"), {**REPORT, "by_source": sources}))
+    assert "base_model" not in found
+    assert found["datasets"] == ["org/chats"]
+
+
+def test_the_revision_of_the_base_is_named() -> None:
+    assert "of **org/Base-1B** (revision `v1`)" in model_card(config(tuning="full", revision="v1"), REPORT)
+
+
 def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         "model: {name: org/Base-1B, tuning: lora}\ndata: {train: [a.jsonl]}\nsave: {best: eval.loss}\n"
