@@ -32,17 +32,22 @@ class _JournalLock:
     """Optuna's own lock of a journal, behind a kernel lock that dies with its holder.
 
     Whoever holds the kernel lock and still meets a symlink lock knows that its owner is dead, or a dashboard that
-    needs it for a moment; so a short patience is enough.
+    needs it for a moment; so a short patience is enough. A link that leads nowhere (the folder was moved after its
+    owner was killed) is taken away at once: Optuna would wait for it without end.
     """
 
     def __init__(self, path: Path) -> None:
-        self._inner = JournalFileSymlinkLock(str(path), grace_period=3)
+        # absolute: the link holds this path, and a relative one would lead nowhere from the folder it lies in
+        self._inner = JournalFileSymlinkLock(str(path.absolute()), grace_period=3)
+        self._link = path.with_name(path.name + ".lock")
         self._path = path.with_name(path.name + ".flock")
         self._descriptor = -1
 
     def acquire(self) -> bool:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        if self._link.is_symlink() and not self._link.exists():
+            self._link.unlink(missing_ok=True)
         return bool(self._inner.acquire())
 
     def release(self) -> None:

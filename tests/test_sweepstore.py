@@ -123,6 +123,23 @@ def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path):
     assert list(journal.read_logs(0)) == [{"op_code": 1}]
 
 
+def test_a_lock_that_a_dead_driver_left_is_passed(tmp_path, monkeypatch):
+    """In real processes, with the relative path that users write; and after the folder was moved."""
+    monkeypatch.chdir(tmp_path)
+    script = "from sft.sweepstorage import JournalFile; from pathlib import Path; import os, signal\n"
+    Path("sweep").mkdir()
+    die = f"{script}lock = JournalFile(Path('sweep/{JOURNAL}'))._sft_lock\nlock.acquire(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", die]).returncode == -9
+    assert Path("sweep", JOURNAL + ".lock").is_symlink()
+    Path("sweep").rename("moved")
+    live = f"{script}JournalFile(Path('moved/{JOURNAL}')).append_logs([{{'op_code': 1}}])"
+    assert subprocess.run([sys.executable, "-c", live], timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", die.replace("sweep/", "moved/")]).returncode == -9
+    live = live.replace("1}", "2}")
+    assert subprocess.run([sys.executable, "-c", live], timeout=30).returncode == 0
+    assert list(JournalFile(Path("moved", JOURNAL)).read_logs(0)) == [{"op_code": 1}, {"op_code": 2}]
+
+
 def test_a_study_goes_on_after_a_torn_line():
     first = store()
     points = run_all(first, 3)
