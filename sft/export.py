@@ -139,6 +139,8 @@ def write_merged(source: Path, target: Path, trusted: bool = False) -> Expected:
         )
     merged.config.use_cache = True
     merged.save_pretrained(target)
+    for file in target.glob("*.safetensors"):  # which safetensors lets nobody but its owner read
+        file.chmod((target / "config.json").stat().st_mode)
     # after the model, whose own generation config this replaces
     _copy_files(source, target, lambda name: not name.startswith("adapter_"))
     return replace(expected, rounding=rounding)

@@ -147,6 +147,9 @@ def test_variants_of_lora_merge(tmp_path: Path, lora: Lora) -> None:
     with torch.autocast("cpu", torch.bfloat16):  # as in training: a head of its own is kept in float32
         assert relative(logits(plain), logits(live)) < 0.05
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, (
+        "weights are as readable as the rest"
+    )
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=" ".join)
