@@ -149,12 +149,11 @@ def add_adapter(
 
     if adapter is not None:
         continued = _continue_adapter(model, adapter, PeftModel, trained_dtype)
-        continued.peft_config["default"].revision = revision
+        _name_base(continued, revision)
         return continued
     torch.manual_seed(seed)  # the adapter's first weights depend on the seed alone
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        revision=revision,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -172,7 +171,15 @@ def add_adapter(
             f"model.lora.targets: {lora.targets!r}: {_first_line(error)} Use all-linear, or names of linear modules."
         ) from error
     _cast_trained(peft_model, trained_dtype)
+    _name_base(peft_model, revision)
     return peft_model
+
+
+def _name_base(model: Any, revision: str | None) -> None:
+    """What the saved adapter says of its base: a folder in full, so that it is found from wherever it is used."""
+    settings, name = model.peft_config["default"], model.get_base_model().name_or_path
+    settings.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    settings.revision = revision
 
 
 def _continue_adapter(model: Any, adapter: str, peft_model_type: Any, trained_dtype: torch.dtype) -> Any:

@@ -143,19 +143,21 @@ def test_splits_subsets_revisions_and_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # names that transformers deprecates and PEFT uses
-def test_an_adapter_names_the_revision_of_its_base(tmp_path: Path) -> None:
+def test_an_adapter_names_its_base_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     from sft.config import Lora
     from sft.model import add_adapter
 
-    base = make_model(tmp_path / "base")
-    model = add_adapter(AutoModelForCausalLM.from_pretrained(base), Lora(), seed=0, revision="v1")
-    model.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["revision"] == "v1"
-    model = AutoModelForCausalLM.from_pretrained(base)
-    continued = add_adapter(model, Lora(), seed=0, adapter=str(tmp_path / "adapter"), revision="v2")
-    assert continued.peft_config["default"].revision == "v2"
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base")
+    model = add_adapter(AutoModelForCausalLM.from_pretrained("base"), Lora(), seed=0, revision="v1")
+    model.save_pretrained("adapter")
+    saved = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == (str(tmp_path / "base"), "v1")
+    model = AutoModelForCausalLM.from_pretrained("base")
+    continued = add_adapter(model, Lora(), seed=0, adapter="adapter", revision=None)
+    assert continued.peft_config["default"].revision is None
 
 
 @pytest.mark.slow
