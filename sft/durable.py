@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def as_readable_as(reference: Path, files: Iterable[Path]) -> None:
+    """The same permissions for all: safetensors lets nobody but its owner read what it writes."""
+    for file in files:
+        file.chmod(reference.stat().st_mode)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.durable import as_readable_as
 from sft.errors import EXIT_DONE, ModelError
 from sft.hush import hush_libraries
 from sft.modelcard import is_hub_id
@@ -139,8 +140,7 @@ def write_merged(source: Path, target: Path, trusted: bool = False) -> Expected:
         )
     merged.config.use_cache = True
     merged.save_pretrained(target)
-    for file in target.glob("*.safetensors"):  # which safetensors lets nobody but its owner read
-        file.chmod((target / "config.json").stat().st_mode)
+    as_readable_as(target / "config.json", target.glob("*.safetensors"))
     # after the model, whose own generation config this replaces
     _copy_files(source, target, lambda name: not name.startswith("adapter_"))
     return replace(expected, rounding=rounding)

@@ -65,14 +65,17 @@ def as_object(picture: Picture) -> dict[str, Any]:
     report, bundle = picture.report, picture.bundle
     stops = list(bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))) if bundle else []
     return {
-        **{key: report[key] for key in ("rows", "kept", "dropped", "examples", "tokens", "trained_tokens")},
+        # kept is what was not dropped, so that rows add up; `held_out` of them are scored and not trained
+        **{"rows": report["rows"], "kept": report["kept"] + report["held_out"], "dropped": report["dropped"]},
+        **{key: report[key] for key in ("examples", "tokens", "trained_tokens")},
         "steps": picture.plan.total_steps if picture.plan else 0,
         "template": bundle.template_name if bundle else picture.config.data.template,
         "stop_tokens": stops,
         "problems": picture.problems,
         "warnings": picture.warnings,
         "notes": picture.notes,
-        **{key: report[key] for key in ("held_out", "cut", "altered", "by_source", "length_histogram", "eval")},
+        **{key: report[key] for key in ("held_out", "cut", "altered", "length_histogram", "eval")},
+        "by_source": [{**source, "kept": source["kept"] + source["held_out"]} for source in report["by_source"]],
         "proven_examples": report["examples"],
         "model_type": picture.settings.get("model_type"),
         "parameters": picture.parameters,

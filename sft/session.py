@@ -20,7 +20,7 @@ from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.config import Config
 from sft.data.collate import to_device
 from sft.distributed import from_first_rank, gather, sum_over_ranks
-from sft.durable import write_json, write_text
+from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
 from sft.generate import answer_samples
 from sft.opening import Opening, cut_metrics, on_first_rank
@@ -30,6 +30,7 @@ from sft.runfolder import MetricsLog, RunFolder
 from sft.schedule import Plan
 from sft.space import check_space
 from sft.trainee import loss_sum
+from sft.versions import versions
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -174,6 +175,7 @@ class Session:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         bundle.tokenizer.save_pretrained(folder)
         self.generation_config().save_pretrained(folder)
+        as_readable_as(folder / "generation_config.json", folder.glob("*.safetensors"))
 
     def generation_config(self) -> Any:
         """The base model's, stopping where the template's turns end."""
@@ -310,7 +312,7 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
     write_text(folder.config, dump_config(loaded, resolved))
     environment = {
         "date": date_pinned,
-        "versions": setup.versions(),
+        "versions": versions(),
         "device": _device_name(job.device),
         "processes": job.world,
         "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -384,20 +384,3 @@ def build_optimizer(config: Config, trainee: Trainee, lr: float) -> torch.optim.
 
 def peak_learning_rate(config: Config) -> float:
     return LR[config.model.tuning] if config.optim.lr == "auto" else config.optim.lr
-
-
-def versions() -> dict[str, str]:
-    """What decides numbers beside the config."""
-    import importlib.metadata as metadata
-    import platform
-
-    names: Sequence[str] = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
-    found = {name: _version(metadata, name) for name in names}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
-
-
-def _version(metadata: Any, name: str) -> str | None:
-    try:
-        return str(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return None

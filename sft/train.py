@@ -47,6 +47,7 @@ from sft.signals import StopRequest
 from sft.trackers import Trackers
 from sft.trainee import loss_sum
 from sft.trouble import decide_on_nonfinite, failures_noted, note_failure, note_stop_in_preparing, trouble_explained
+from sft.versions import versions
 from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _train(
     accelerator = setup.make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
     rank, is_first = accelerator.process_index, accelerator.is_main_process
     identity = run_fingerprint(config, data, bundle, plan.total_steps)
-    check_ranks_agree(rank, {"config": identity, "versions": setup.versions()})
+    check_ranks_agree(rank, {"config": identity, "versions": versions()})
     lock = RunLock(folder.path)
     try:
         answer = on_first_rank(

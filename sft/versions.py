@@ -1,0 +1,23 @@
+"""The versions of what computes: ranks must agree on them, and a run records them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """What decides numbers beside the config."""
+    import importlib.metadata as metadata
+    import platform
+
+    names: Sequence[str] = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
+    found = {name: _version(metadata, name) for name in names}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+
+
+def _version(metadata: Any, name: str) -> str | None:
+    try:
+        return str(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return None
