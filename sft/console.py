@@ -1,9 +1,13 @@
-"""What a run says on the terminal: plain lines, and one live line where there is a terminal to keep it on."""
+"""What a run says on the terminal: plain lines, and one live line where there is a terminal to keep it on. In a log
+file the live line's numbers are a plain line now and then."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +15,9 @@ from sft.secrets import mask_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+PLAIN_SECONDS = 30.0
+"""At least, between two lines of progress where there is no terminal."""
 
 
 def open_streams() -> None:
@@ -40,6 +47,7 @@ class Console:
         self._enabled = enabled
         self._progress: Progress | None = None
         self._total, self._first = total_steps, first_step
+        self._next_line = -math.inf  # on the monotonic clock
 
     def __enter__(self) -> Console:
         if self._enabled and sys.stderr.isatty():
@@ -74,12 +82,20 @@ class Console:
             speak(text)
 
     def step(self, event: dict[str, Any]) -> None:
-        """Moves the live line to a train event."""
-        if self._progress is None:
-            return
-        loss = event["loss"]
-        numbers = (
-            f"loss {'-' if loss is None else format(loss, '.4f')}  lr {event['learning_rate']:.2e}  "
-            f"{event['tokens_per_second']:,.0f} tok/s"
-        )
-        self._progress.update(self._task, completed=event["step"], numbers=numbers)
+        """Moves the live line to a train event; without a terminal, says it in a line of its own where one is due:
+        at the first event, every PLAIN_SECONDS, and at the last step."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=event["step"], numbers=numbers(event))
+        elif time.monotonic() >= self._next_line or event["step"] >= self._total:
+            self._next_line = time.monotonic() + PLAIN_SECONDS
+            left = timedelta(seconds=round(event["seconds"] / event["step"] * (self._total - event["step"])))
+            self.say(f"step {event['step']}/{self._total}  {numbers(event)}  about {left} left")
+
+
+def numbers(event: dict[str, Any]) -> str:
+    """`loss 1.2346  lr 2.00e-05  12,346 tok/s`"""
+    loss = event["loss"]
+    return (
+        f"loss {'-' if loss is None else format(loss, '.4f')}  lr {event['learning_rate']:.2e}  "
+        f"{event['tokens_per_second']:,.0f} tok/s"
+    )
