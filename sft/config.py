@@ -5,11 +5,12 @@ No torch here: a wrong key must answer at once.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 
@@ -19,12 +20,18 @@ Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 ControlTokens = Literal["text", "allow", "error"]
+EvalMetric = Literal["eval.loss", "eval.perplexity", "eval.token_accuracy", "eval.stop_probability"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def with_prefix(metric: Any) -> Any:
+    """`loss`, as an evaluation's line in metrics.jsonl has it, is eval.loss."""
+    return f"eval.{metric}" if f"eval.{metric}" in get_args(EvalMetric) else metric
 
 
 class Run(Section):
@@ -198,12 +205,14 @@ class Optim(Section):
 class EarlyStopping(Section):
     """Stop when an evaluation metric no longer improves."""
 
-    metric: str = "eval.loss"
+    metric: EvalMetric = "eval.loss"
     """What must improve."""
     patience: Positive = 3
     """Evaluations without improvement."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """Smaller gains do not count."""
+
+    _whole_name = field_validator("metric", mode="before")(with_prefix)
 
 
 class Train(Section):
@@ -241,8 +250,10 @@ class Save(Section):
     """Below 1: a share of the run; else steps; 0: only at the end."""
     keep: Positive = 2
     """The newest so many; the best is kept besides."""
-    best: str | None = None
+    best: EvalMetric | None = None
     """A metric such as eval.loss; its checkpoint is kept and becomes final/."""
+
+    _whole_name = field_validator("best", mode="before")(with_prefix)
 
 
 class Log(Section):
@@ -273,6 +284,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def best_and_early_stopping_need_an_evaluation(self) -> Config:
-        if self.data.eval == 0 and (self.save.best or self.train.early_stopping):
-            raise ValueError("save.best and train.early_stopping read an evaluation, but data.eval is 0")
+        if self.data.eval in (0, []) and (self.save.best or self.train.early_stopping):
+            held_out = "0" if self.data.eval == 0 else "an empty list"
+            raise ValueError(f"save.best and train.early_stopping read an evaluation, but data.eval is {held_out}")
         return self

@@ -329,10 +329,34 @@ def test_an_empty_file_misses_both() -> None:
     assert "'data' is missing" in said
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("save.best=eval.los", "'save.best' is eval.los (text); wanted: eval.loss, eval.perplexity"),
+        ("save.best=eval.los", "Did you mean 'eval.loss'?"),
+        ("save.best=train.loss", "Did you mean 'eval.loss'?"),
+        ("save.best=perplexiti", "wanted: eval.loss, eval.perplexity, eval.token_accuracy or eval.stop_probability"),
+        ("train.early_stopping={metric: foo}", "'train.early_stopping.metric' is foo (text); wanted: eval.loss"),
+        ("train.early_stopping={metric: eval.token_acuracy}", "Did you mean 'eval.token_accuracy'?"),
+        ("train.early_stopping={metric: 3}", "'train.early_stopping.metric' is 3; wanted: eval.loss"),
+    ],
+)
+def test_a_metric_is_one_that_evaluations_have(override: str, said: str) -> None:
+    assert said in refusal(MINIMAL, override)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "eval.perplexity"])
+def test_a_metric_may_be_named_without_eval(name: str) -> None:
+    config = load(MINIMAL, f"save.best={name}", f"train.early_stopping={{metric: {name}}}").config
+    assert config.train.early_stopping is not None
+    assert config.save.best == config.train.early_stopping.metric == "eval.perplexity"
+
+
 def test_rules_across_keys_are_told() -> None:
     assert "save.best and train.early_stopping read an evaluation" in refusal(
         MINIMAL, "data.eval=0", "save.best=eval.loss"
     )
+    assert "but data.eval is an empty list" in refusal(MINIMAL, "data.eval=[]", "train.early_stopping={}")
 
 
 def test_a_missing_file_is_told_with_its_neighbours() -> None:
