@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sft.adapterparts import token_modules
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
@@ -162,7 +163,7 @@ def add_adapter(
         use_dora=lora.dora,
         modules_to_save=lora.modules_to_save or None,
         init_lora_weights=True if lora.init == "default" else lora.init,
-        trainable_token_indices=_token_modules(model, trained_token_ids) if trained_token_ids else None,
+        trainable_token_indices=token_modules(model, trained_token_ids) if trained_token_ids else None,
     )
     try:
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -208,16 +209,6 @@ def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype, copy=True)
-
-
-def _token_modules(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
-    """PEFT's `trainable_token_indices`: the embedding, and the head where it has weights of its own."""
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = {names[id(embedding)].rsplit(".", 1)[-1]: list(token_ids)}
-    if head is not None and head.weight is not embedding.weight:
-        modules[names[id(head)].rsplit(".", 1)[-1]] = list(token_ids)
-    return modules
 
 
 @dataclass(frozen=True, slots=True)

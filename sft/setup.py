@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sft import attention, optim
+from sft.adapterparts import refuse_untrained_tokens, token_modules
 from sft.config import Config
 from sft.data.collate import flat, idle, to_device
 from sft.distributed import gather
@@ -164,6 +165,7 @@ def build_trainee(
     if tuning != "full":
         if tuning == "qlora":
             _prepare_quantized(model)
+        needed = token_modules(model, rows["trained_ids"])
         model = add_adapter(
             model,
             config.model.lora,
@@ -174,6 +176,9 @@ def build_trainee(
             revision=config.model.revision,
         )
         follow_inputs(model)
+        if config.model.adapter and checkpoint is None:
+            tokens = {index: bundle.tokenizer.convert_ids_to_tokens(index) for index in rows["trained_ids"]}
+            refuse_untrained_tokens(model.peft_config["default"], needed, tokens)
     trainee = Trainee(
         model,
         compute_dtype=kinds.compute,

@@ -12,7 +12,7 @@ from conftest import make_model
 from jobs import events, losses, relative, run_cli, run_here, write_config
 from safetensors.torch import load_file
 
-from sft.errors import ConfigError
+from sft.errors import ConfigError, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +259,23 @@ def test_new_tokens_train_and_reload_with_an_adapter(tmp_path: Path) -> None:
     assert torch.isfinite(model(input_ids=ids).logits).all()
     assert events(run, "eval")[-1]["stop_probability"] > events(run, "eval")[0]["stop_probability"]
     assert make_tokenizer  # the conftest's own, with the tokens, is what the other tests use
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_an_adapter_without_the_template_s_tokens_is_refused(tmp_path: Path) -> None:
+    """Rows that are neither trained nor saved would make the run's own evaluation differ from its result's."""
+    from sft.config import Lora
+    from sft.model import add_adapter, load_base
+
+    base = make_model(tmp_path / "base", tie=False)
+    strip_chatml(base)
+    add_adapter(load_base(str(base)), Lora(rank=4), seed=0).save_pretrained(tmp_path / "plain")
+    config = write_config(tmp_path, base, model__tuning="lora", data__template="chatml")
+    with pytest.raises(ModelError, match=r"model\.adapter: .*<\|im_start\|> <\|im_end\|>.*--merge"):
+        run_here(config, f"run.dir={tmp_path}/refused", f"model.adapter={tmp_path}/plain")
+    first = run_here(config, "optim.lr=1e-2")
+    more = run_here(config, f"run.dir={tmp_path}/more", f"model.adapter={first}/final", "train.max_steps=1")
+    assert events(more, "eval")[0]["loss"] == pytest.approx(events(first, "eval")[-1]["loss"], rel=1e-5)
 
 
 def strip_chatml(folder: Path) -> None:
