@@ -288,3 +288,14 @@ class Config(Section):
             held_out = "0" if self.data.eval == 0 else "an empty list"
             raise ValueError(f"save.best and train.early_stopping read an evaluation, but data.eval is {held_out}")
         return self
+
+    @model_validator(mode="after")
+    def packed_weights_cannot_be_decomposed(self) -> Config:
+        init = self.model.lora.init
+        if self.model.tuning == "qlora" and self.model.adapter is None and init in ("pissa", "olora"):
+            raise ValueError(
+                f"model.lora.init is {init}, which decomposes the base's weights and changes them, but model.tuning is "
+                "qlora, which holds them packed in 4 bits. Write model.lora.init: default (or gaussian, orthogonal), "
+                "or model.tuning: lora"
+            )
+        return self

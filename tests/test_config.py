@@ -359,6 +359,20 @@ def test_rules_across_keys_are_told() -> None:
     assert "but data.eval is an empty list" in refusal(MINIMAL, "data.eval=[]", "train.early_stopping={}")
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_decomposes_the_base_is_refused_on_packed_weights(init: str) -> None:
+    said = refusal(MINIMAL, "model.tuning=qlora", f"model.lora.init={init}")
+    assert f"c.yaml: model.lora.init is {init}" in said
+    assert "Write model.lora.init: default (or gaussian, orthogonal), or model.tuning: lora." in said
+    assert load(MINIMAL, f"model.lora.init={init}").config.model.lora.init == init
+    assert load(MINIMAL, "model.tuning=qlora", f"model.lora.init={init}", "model.adapter=a").config.model.adapter == "a"
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_other_adapters_start_on_packed_weights(init: str) -> None:
+    assert load(MINIMAL, "model.tuning=qlora", f"model.lora.init={init}").config.model.lora.init == init
+
+
 def test_a_missing_file_is_told_with_its_neighbours() -> None:
     Path("lora.yaml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"nope\.yaml: no such file\. In \.: lora\.yaml\."):
