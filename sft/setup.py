@@ -239,11 +239,12 @@ def _fit_tokens(
 
 
 def template_tokens(bundle: TokenizerBundle) -> list[str]:
-    """Added tokens that the template spells or that serving stops at."""
+    """Added tokens that the template spells, that its text was found to need, or that serving stops at."""
     tokenizer = bundle.tokenizer
     stops = {tokenizer.convert_ids_to_tokens(index) for index in bundle.stop_ids}
+    wanted = {*stops, *bundle.added_tokens}  # a template may build a token that its source never spells
     text = bundle.template or ""
-    return [token for token in tokenizer.get_added_vocab() if token in text or token in stops]
+    return [token for token in tokenizer.get_added_vocab() if token in text or token in wanted]
 
 
 def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
