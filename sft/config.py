@@ -194,7 +194,7 @@ class Optim(Section):
     """Where a decaying schedule ends, as a share of lr."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of matrices; vectors (norms, biases) are never decayed."""
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[ShareBelowOne], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Of AdamW."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Of AdamW."""

@@ -191,6 +191,8 @@ def _explained(
             yield path, f"{at if at != COMMAND_LINE else file}: '{dotted(path)}' is missing.{example(path)}"
         elif finding["type"] == "value_error" and not path:
             yield (), f"{file}: {finding['ctx']['error']}."
+        elif finding["type"] == "value_error":
+            yield path, f"{at}: '{dotted(path)}' is {_shown(_value_at(raw, path))}; wanted: {finding['ctx']['error']}."
         elif finding["type"] != "extra_forbidden":
             value = _value_at(raw, path)
             yield path, f"{at}: '{dotted(path)}' is {_shown(value)}; wanted: {wanted(path)}.{cure(path, value)}"
