@@ -14,6 +14,7 @@ from sft.adapterparts import token_modules
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
+from sft.runfolder import RunFolder
 
 Precision = Literal["bf16", "mixed", "fp32"]
 
@@ -346,11 +347,16 @@ def load_adapter(
 
 
 def trained_folder(path: Path | str) -> str:
-    """Where the weights are: a run's final/ or newest checkpoint's model/, a checkpoint's model/, else `path`."""
+    """Where the weights are: a run's final/ or newest checkpoint's model/, a checkpoint's model/, else `path`.
+
+    A run that went on after its end leaves final/ behind: until it is done again, a checkpoint made since is taken.
+    """
     folder = Path(path)
-    if (folder / "final").is_dir():
-        return str(folder / "final")
-    checkpoints = sorted(folder.glob("checkpoints/step-*/manifest.json"))
+    final, checkpoints = folder / "final", sorted(folder.glob("checkpoints/step-*/manifest.json"))
+    if final.is_dir():
+        goes_on = RunFolder(folder).read_status().get("state", "done") != "done"
+        if not (goes_on and checkpoints and checkpoints[-1].stat().st_mtime_ns > final.stat().st_mtime_ns):
+            return str(final)
     if checkpoints:
         return str(checkpoints[-1].parent / "model")
     if (folder / "model" / "config.json").is_file() or (folder / "model" / "adapter_config.json").is_file():
