@@ -86,11 +86,14 @@ def tamper(value: Any, what: str) -> Any:
     if what in ("nan", "inf"):
         return value * float(what)
     whole = value
-    if what == "last bit":  # of the first float tensor
+    if what == "last bit":  # of the largest number of one tensor, where the rounding of a few steps keeps it
         value = dict(value.named_parameters()) if isinstance(value, torch.nn.Module) else value
-        name = sorted(key for key in value if value[key].is_floating_point() and value[key].numel() > 1)[0]
+        names = sorted(key for key in value if value[key].is_floating_point() and value[key].numel() > 1)
+        # a second moment forgets a thousandth a step, a first one a tenth
+        name = next((name for name in names if name.endswith("exp_avg_sq")), names[0])
         flat = value[name].detach().view(-1)
-        flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf")))
+        largest = int(flat.abs().argmax())
+        flat[largest] = torch.nextafter(flat[largest], torch.tensor(float("inf")))
         return whole
     if what == "zero":
         return 0
