@@ -263,6 +263,15 @@ def fit_vocabulary(
     )
 
 
+def cold_reason(asked: bool, end_of_text: int | None) -> str:
+    """Why `fit_vocabulary` gave rows no warm start. `asked`: by model.warm_start_tokens."""
+    if not asked:
+        return "cure: model.warm_start_tokens: auto"
+    if end_of_text is None:
+        return "no warm start: the base model names no end-of-text token to start from; they learn from data alone"
+    return "no warm start: the end-of-text row, to start from, is new or looks untrained; they learn from data alone"
+
+
 def grow_vocabulary(model: Any, vocabulary: int) -> None:
     """Rows for every id of the tokenizer, where there are fewer; new ones start as the mean of the old.
 

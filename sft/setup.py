@@ -27,6 +27,7 @@ from sft.isolation import compare, head_is_exact
 from sft.memory import CPU_MICRO_TOKENS
 from sft.model import (
     add_adapter,
+    cold_reason,
     count_parameters,
     dtypes,
     fit_vocabulary,
@@ -230,7 +231,8 @@ def _fit_tokens(
     if rows.warm_started:
         say(f"never-trained tokens start from the end-of-text row: {' '.join(rows.warm_started)}")
     if rows.untrained:
-        say(f"warning: tokens with untrained rows: {' '.join(rows.untrained)} (cure: model.warm_start_tokens: auto)")
+        why = cold_reason(config.model.warm_start_tokens in ("auto", True), end_of_text_id(model, bundle))
+        say(f"warning: tokens with untrained rows: {' '.join(rows.untrained)} ({why})")
     return {
         "trained_ids": list(rows.trained_ids),
         "warm_started": list(rows.warm_started),
