@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -21,7 +21,7 @@ from sft.errors import DeviceError, ResumeError, SftError
 from sft.resume import RunState, check_continuation, fingerprint, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
-from sft.schedule import Plan, plan
+from sft.schedule import Plan, plan, share_or_steps
 
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself allows
 
@@ -108,13 +108,17 @@ def open_run(
     checkpoint = find_resumable(folder.checkpoints, say)
     if checkpoint is None:
         _refuse_strangers_files(folder)
-        return {"checkpoint": None, "state": RunState(0, fingerprint=print_of_run).as_dict(), "is_done": False}
-    state = RunState.from_dict(read_json(checkpoint / "state.json"))
+        warmup = warmup_steps(loaded.config, total_steps, None)
+        state = RunState(0, fingerprint=print_of_run, warmup_steps=warmup)
+        return {"checkpoint": None, "state": state.as_dict(), "is_done": False}
+    recorded = read_json(checkpoint / "state.json")
+    state = RunState.from_dict(recorded)
     consents = check_continuation(
         state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path),
         named=named_only(loaded.config), say=say,
     )  # fmt: skip
-    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents])
+    warmup = warmup_steps(loaded.config, total_steps, recorded)
+    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup)
     fault = fault_of_model(folder.final) if folder.final.is_dir() else "not there"
     ended = folder.read_status().get("state") == "done" and not fault
     if folder.read_status().get("state") == "done" and fault:
@@ -125,6 +129,20 @@ def open_run(
         "state": state.as_dict(),
         "is_done": ended and (state.step >= total_steps or stopped_early),
     }
+
+
+def warmup_steps(config: Config, total_steps: int, recorded: Mapping[str, Any] | None) -> int:
+    """Steps of warm-up. `recorded`: state.json of the checkpoint that is continued from, if any.
+
+    A share is one of the steps that the run began with: more steps at a constant rate must not warm up again. Where
+    the schedule decays, its length is agreed on anew, and the warm-up with it.
+    """
+    settings = config.optim
+    if recorded and settings.schedule == "constant" and "warmup_steps" in recorded:
+        began_with = recorded["fingerprint"].get("optim.warmup")
+        if began_with == settings.warmup:
+            return int(recorded["warmup_steps"])
+    return share_or_steps(settings.warmup, total_steps)
 
 
 def fault_of_model(folder: Path) -> str:

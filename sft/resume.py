@@ -32,6 +32,7 @@ class RunState:
     seconds: float = 0.0
     nonfinite_skips: int = 0
     total_steps: int = 0
+    warmup_steps: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     consents: list[dict[str, Any]] = field(default_factory=list)

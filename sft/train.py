@@ -251,7 +251,7 @@ def _learning_rate(session: Session, step: int) -> float:
         total_steps=session.job.plan.total_steps,
         peak=session.job.peak_lr,
         schedule=settings.schedule,
-        warmup=settings.warmup,
+        warmup=session.state.warmup_steps,
         decay=settings.decay,
         min_ratio=settings.min_lr_ratio,
     )

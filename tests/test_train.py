@@ -345,6 +345,13 @@ def test_a_cut_run_in_mixed_precision_goes_on_exactly(tmp_path: Path, model: Pat
     assert losses(cut) == losses(whole)
 
 
+def test_more_steps_at_a_constant_rate_do_not_warm_up_again(tmp_path: Path, model: Path) -> None:
+    config = write_config(tmp_path, model, optim__schedule="constant", optim__warmup=0.5, optim__lr=1.0)
+    run_here(config, "train.max_steps=4")
+    run = run_here(config, "train.max_steps=10")
+    assert [event["learning_rate"] for event in events(run)] == [0.5] + [1.0] * 9
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_eight_bit_optimizer_resumes(tmp_path: Path, model: Path, name: str) -> None:
