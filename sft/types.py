@@ -39,11 +39,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row that a chat template renders. `source` is `file:line`."""
+    """A row that a chat template renders. `source` is `file:line`. The first `context` messages are a prompt: only the
+    policy `all` trains them, unless a message asks for it itself."""
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Mapping[str, Any], ...] = ()
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)

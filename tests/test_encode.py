@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.data.encode import Encoder
+from sft.data.formats import FORMATS
 from sft.data.outcome import Encoded, EncodeSettings
 from sft.data.proof import Refusal
+from sft.data.readers import Row
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage, Rendered, Span
 
@@ -135,6 +137,20 @@ def test_a_greeting_may_stand_first_as_context(words: TokenizerBundle) -> None:
 
 def test_all_takes_no_flags(words: TokenizerBundle) -> None:
     assert only(encode(words, U("Hello", train=False), A("one"), train_on="all")) == ("refused", "unprovable")
+
+
+def test_all_trains_the_prompt_of_a_row_of_prompt_and_completion(words: TokenizerBundle) -> None:
+    prompt = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "one"}]
+    data = {"prompt": [*prompt, {"role": "user", "content": "two"}], "completion": [prompt[1]]}
+    sample = FORMATS["prompt_completion"](Row("a.jsonl:1", data))
+    assert trained(words, Encoder(words, EncodeSettings()).encode(sample)) == [["one<|im_end|>"]]
+    everything = Encoder(words, EncodeSettings(train_on="all")).encode(sample)
+    ((text,),) = trained(words, everything)
+    assert text.count("one<|im_end|>") == 2
+    assert text.startswith("<|im_start|>user\nHello")
+    data["prompt"][0] = {**prompt[0], "train": False}
+    flagged = FORMATS["prompt_completion"](Row("a.jsonl:1", data))
+    assert only(Encoder(words, EncodeSettings(train_on="all")).encode(flagged)) == ("refused", "unprovable")
 
 
 def test_reasoning_that_the_template_drops_is_said(words: TokenizerBundle) -> None:

@@ -271,9 +271,8 @@ def test_prompt_and_completion_as_text_are_joined_as_they_are() -> None:
 
 def test_prompt_and_completion_as_messages_train_the_completion() -> None:
     sample = conversation("prompt_completion", prompt=[USER, AHOY, USER], completion=[AHOY])
-    assert [(m.role, m.train) for m in sample.messages] == [
-        ("user", False), ("assistant", False), ("user", False), ("assistant", None),
-    ]  # fmt: skip
+    assert (turns(sample), sample.context) == ([USER, AHOY, USER, AHOY], 3)
+    assert conversation("prompt_completion", system="Be brief.", prompt=[USER], completion=[AHOY]).context == 2
     assert turns(conversation("prompt_completion", prompt=[USER], completion=AHOY)) == [USER, AHOY]
 
 

@@ -164,7 +164,7 @@ class Encoder:
 
     def open(self, sample: Conversation) -> Work:
         """Render the whole conversation, with the control tokens that its messages spell marked."""
-        weights = message_weights(self.settings.train_on, sample.messages)
+        weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
         spelled: dict[str, int] = {}

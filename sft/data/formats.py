@@ -15,6 +15,7 @@ Every error is a `DataError`: `file:line`, field, value (cut) and the cure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sft.data.jsontext import cut, name_of, parse
@@ -118,7 +119,7 @@ def alpaca(row: Row) -> Conversation:
 
 def prompt_completion(row: Row) -> Sample:
     """Two texts → Passage, joined as they are. Two lists of messages → a conversation of which the completion is
-    trained: messages of the prompt count as `train: false` unless they say otherwise."""
+    trained: messages of the prompt are its context."""
     prompt, completion = row.data.get("prompt"), row.data.get("completion")
     for key, value in (("prompt", prompt), ("completion", completion)):
         if value is None:
@@ -129,12 +130,12 @@ def prompt_completion(row: Row) -> Sample:
         kinds = f"prompt is {name_of(prompt)} and completion is {name_of(completion)}"
         raise fail(row.source, "prompt", prompt, kinds, "Make both text, or both lists of {role, content}")
     answers = [completion] if isinstance(completion, Mapping) else as_list(row.source, "completion", completion)
-    context = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(as_list(row.source, "prompt", prompt))]
-    told = [m if m.train is not None else Message(m.role, m.content, m.extra, False, m.weight) for m in context]
+    told = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(as_list(row.source, "prompt", prompt))]
     found = [to_message(row.source, f"completion[{i}]", m) for i, m in enumerate(answers)]
     if not any(m.role == "assistant" for m in found):
         raise fail(row.source, "completion", answers, "has no assistant message", "The completion is what is trained")
-    return _conversation(row, "prompt", _with_system(row, told + found))
+    whole = _conversation(row, "prompt", _with_system(row, told + found))
+    return replace(whole, context=len(whole.messages) - len(found))
 
 
 def text(row: Row) -> Passage:

@@ -48,9 +48,12 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def message_weights(policy: str, messages: Sequence[Message]) -> Weights:
-    """The weight of each message: the policy's choice, overridden by `train`, scaled by `weight`."""
+def message_weights(policy: str, messages: Sequence[Message], context: int = 0) -> Weights:
+    """The weight of each message: the policy's choice, overridden by `train`, scaled by `weight`. The first `context`
+    messages are a prompt, which only `all` chooses."""
     chosen = POLICIES[policy](messages)
+    if policy != "all":
+        chosen = (0.0,) * context + chosen[context:]
     return tuple((c if m.train is None else float(m.train)) * m.weight for c, m in zip(chosen, messages, strict=True))
 
 
