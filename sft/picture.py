@@ -44,11 +44,13 @@ class Picture:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The counts of the data; all zero where nothing could be prepared."""
+        """The counts of the data; where nothing could be prepared all rows are dropped, those that are not bad in
+        themselves as not_prepared."""
         if self.prepared is not None:
             return self.prepared.report
+        dropped = {"bad_row": self.bad_rows, "not_prepared": self.rows - self.bad_rows}
         return {
-            "rows": self.rows, "kept": 0, "dropped": {"bad_row": self.bad_rows} if self.bad_rows else {},
+            "rows": self.rows, "kept": 0, "dropped": {reason: count for reason, count in dropped.items() if count},
             "held_out": 0, "cut": 0, "altered": {}, "examples": 0, "tokens": 0, "trained_tokens": 0,
             "by_source": [], "length_histogram": [], "eval": None, "formats": {},
         }  # fmt: skip

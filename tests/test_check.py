@@ -13,9 +13,10 @@ from sft.check import check, inspect
 from sft.checkmachine import _judge_memory
 from sft.checkview import large, print_picture
 from sft.configfile import LoadedConfig, load_config
-from sft.errors import EXIT_DONE, EXIT_USER
+from sft.errors import EXIT_DONE, EXIT_USER, DataError
 from sft.memory import Memory
 from sft.picture import Picture, as_object
+from sft.train import train
 
 
 def row(number: int = 0, answer: str = "hello world") -> dict[str, Any]:
@@ -78,6 +79,17 @@ def test_json_holds_the_promised_keys_and_the_counts_add_up(
     assert found["memory"]["total"] == sum(v for key, v in found["memory"].items() if key != "total")
 
 
+def test_a_repeat_that_leaves_an_epoch_empty_is_a_problem(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    loaded = config_for(tmp_path, model_folder, data, overrides=("data.train.0.repeat=0.001",))
+    said = the_problem(loaded)
+    assert said.startswith("data.train.0.repeat is 0.001: with 36 conversations to train on, an epoch would hold none.")
+    with pytest.raises(DataError) as caught:
+        train(loaded)
+    assert str(caught.value) == said
+    enough = config_for(tmp_path, model_folder, data, overrides=("data.train.0.repeat=0.03",))
+    assert look(enough).problems == []
+
+
 def test_no_weights_are_needed_but_their_absence_is_a_problem(tmp_path: Path, model_folder: Path, data: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -129,7 +141,8 @@ def test_rows_are_read_although_the_model_is_missing(tmp_path: Path) -> None:
     model, rows = picture.problems
     assert model.startswith(f"model.name: '{tmp_path}/nowhere' has no config.json that this machine can reach.")
     assert f"{bad}:2: " in rows
-    assert as_object(picture)["rows"] == 2
+    found = as_object(picture)
+    assert (found["rows"], found["kept"], found["dropped"]) == (2, 0, {"bad_row": 1, "not_prepared": 1})
 
 
 def test_everything_dropped_is_a_problem_with_counts(tmp_path: Path, model_folder: Path, data: Path) -> None:
@@ -137,7 +150,8 @@ def test_everything_dropped_is_a_problem_with_counts(tmp_path: Path, model_folde
     (problem,) = picture.problems
     assert "40 of 40 rows (100.0%) were dropped" in problem
     assert "raise data.max_tokens" in problem
-    assert picture.rows == 40
+    found = as_object(picture)
+    assert (found["rows"], found["kept"], found["dropped"]) == (40, 0, {"not_prepared": 40})
 
 
 def test_a_base_model_without_template_is_told_so(tmp_path: Path, model_folder: Path, data: Path) -> None:
