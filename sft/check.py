@@ -17,7 +17,6 @@ from sft.checkmachine import look_at_disk, look_at_memory, look_at_model, look_a
 from sft.checkview import print_picture
 from sft.errors import EXIT_DONE, EXIT_USER, DataError, DeviceError, SftError
 from sft.picture import Picture, as_object
-from sft.schedule import plan
 
 if TYPE_CHECKING:
     from sft.config import Config, Source
@@ -191,10 +190,11 @@ def _duplicates(prepared: Prepared) -> Iterator[str]:
 
 
 def look_at_steps(picture: Picture) -> None:
-    from sft.data.order import conversations_per_epoch
+    from sft.opening import make_plan
 
     if picture.prepared is None:
         return
-    train, config = picture.config.train, picture.config
-    number = conversations_per_epoch(picture.prepared.train.repeats_C)
-    picture.plan = plan(number, config.batch.examples, train.epochs, train.max_steps) if number else None
+    try:
+        picture.plan = make_plan(picture.config, picture.prepared)
+    except DataError as error:
+        picture.problems.append(str(error))

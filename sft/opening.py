@@ -17,7 +17,7 @@ from sft.config import Config
 from sft.data.order import conversations_per_epoch
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
-from sft.errors import DeviceError, ResumeError, SftError
+from sft.errors import DataError, DeviceError, ResumeError, SftError
 from sft.resume import RunState, check_continuation, fingerprint, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -203,12 +203,15 @@ def _refuse_strangers_files(folder: RunFolder) -> None:
 
 
 def make_plan(config: Config, data: Prepared) -> Plan:
-    return plan(
-        conversations_per_epoch(data.train.repeats_C),
-        config.batch.examples,
-        config.train.epochs,
-        config.train.max_steps,
-    )
+    """The steps of the run. DataError where `repeat` leaves an epoch without a row."""
+    number = conversations_per_epoch(data.train.repeats_C)
+    if not number:
+        repeats = ", ".join(f"data.train.{i}.repeat is {source.repeat:g}" for i, source in enumerate(config.data.train))
+        raise DataError(
+            f"{repeats}: with {len(data.train.repeats_C):,} conversations to train on, an epoch would hold none. "
+            "Raise repeat until it comes to at least one conversation an epoch; 1 takes each once."
+        )
+    return plan(number, config.batch.examples, config.train.epochs, config.train.max_steps)
 
 
 def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
