@@ -42,7 +42,7 @@ class Gathered:
 
 
 def preview(loaded: LoadedConfig, *, n: int = 4, html: Path | None = None, json_lines: bool = False) -> None:
-    """Prints `n` examples, spread over the sources; as JSON, or as a page into `html`. Raises DataError and others."""
+    """Prints `n` examples, spread over the sources; as JSON, as a page into `html`, or both. DataError and others."""
     from sft.prepare import load_bundle
 
     bundle = load_bundle(loaded.config)
@@ -51,16 +51,16 @@ def preview(loaded: LoadedConfig, *, n: int = 4, html: Path | None = None, json_
         print(f"left out: {line}", file=sys.stderr)
     if len(gathered.left_out) > 10:
         print(f"left out: {len(gathered.left_out) - 10} more rows; sft check counts them", file=sys.stderr)
-    if json_lines:
-        for shown in gathered.shown:
-            print(json.dumps(as_json(shown)))
-        return
     if html is not None:
         from sft.durable import write_text
 
         html.parent.mkdir(parents=True, exist_ok=True)
         write_text(html, page(gathered.shown, bundle, loaded))
-        print(html)
+        print(html, file=sys.stderr if json_lines else sys.stdout)
+    if json_lines:
+        for shown in gathered.shown:
+            print(json.dumps(as_json(shown)))
+    if json_lines or html is not None:
         return
     print_examples(gathered.shown, bundle, sys.stdout)
 

@@ -286,6 +286,20 @@ def test_the_page_is_written_where_it_is_asked_for(
     assert check_page(target.read_text(encoding="utf-8")).data[0]["trained"] == 4
 
 
+def test_a_page_and_json_may_be_asked_for_together(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, loaded = (
+        tmp_path / "page.html",
+        config_for(tmp_path, tokenizer_folder, write_rows(tmp_path / "a.jsonl", HELLO)),
+    )
+    preview(loaded, html=target, json_lines=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["trained"] == ["hello world<|im_end|>"]
+    assert str(target) in printed.err
+    assert check_page(target.read_text(encoding="utf-8")).data[0]["trained"] == 4
+
+
 def test_the_tokenizer_is_enough(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert not list(tokenizer_folder.glob("*.safetensors"))
     shown, _ = gathered(config_for(tmp_path, tokenizer_folder, write_rows(tmp_path / "a.jsonl", HELLO)))
