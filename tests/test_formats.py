@@ -132,7 +132,7 @@ def test_parts_of_text_are_joined() -> None:
         "assistant", "Ahoy"
     )
     bare = {"role": "user", "content": ["A"]}
-    assert "content[0] = A: expected {type: text" in refused("messages", messages=[bare, AHOY])
+    assert 'content[0] = "A": expected {type: text' in refused("messages", messages=[bare, AHOY])
     image = [{"type": "image_url", "image_url": "x"}]
     assert "messages[0].content[0]" in refused("messages", messages=[{"role": "user", "content": image}, AHOY])
 
@@ -142,7 +142,8 @@ def test_train_and_weight_of_a_message() -> None:
     assert [(m.train, m.weight) for m in sample.messages] == [(None, 1), (False, 1), (None, 1), (None, 0.5)]
     assert sample.messages[1].extra == {}
     for key, value in (("train", "no"), ("weight", -1), ("weight", True), ("weight", math.nan), ("weight", "1")):
-        assert f"messages[1].{key}" in refused("messages", messages=[USER, {**AHOY, key: value}])
+        shown = f"messages[1].{key} = {json.dumps(value)}: is "  # "1" in quotes, which 1 is not
+        assert shown in refused("messages", messages=[USER, {**AHOY, key: value}])
 
 
 def test_a_system_text_beside_the_messages_comes_first_once() -> None:
@@ -161,7 +162,7 @@ def test_empty_and_blank_content_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        ([{"role": "usr", "content": "x"}], "messages[0].role = usr: unknown role. Known: system, developer, user, "
+        ([{"role": "usr", "content": "x"}], 'messages[0].role = "usr": unknown role. Known: system, developer, user, '
          "assistant, tool. Did you mean 'user'?"),
         ([USER, {"role": "gpt", "content": "x"}], "Did you mean 'assistant'?"),
         ([USER, {"role": "Assistant", "content": "x"}], "Did you mean 'assistant'?"),
@@ -170,10 +171,10 @@ def test_empty_and_blank_content_stays_as_it_is() -> None:
         ([USER, {"role": "assistant", "content": 7}], "messages[1].content = 7: is a number, expected text"),
         ([USER, {"role": "assistant", "content": math.nan}], "is NaN"),
         ([USER, {"role": "assistant", "content": "a\ud800b"}], "lone surrogate (U+D800)"),
-        ([USER, "Ahoy"], "messages[1] = Ahoy: is text"),
+        ([USER, "Ahoy"], 'messages[1] = "Ahoy": is text'),
         ([USER, None], "messages[1]: is null"),
         ([], "is an empty list"),
-        ("Ahoy", "messages = Ahoy: is text, expected a list"),
+        ("Ahoy", 'messages = "Ahoy": is text, expected a list'),
         ('[{"role"', "malformed JSON"),
         ([USER], "no assistant message among user"),
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),
@@ -222,7 +223,7 @@ def test_sharegpt() -> None:
 @pytest.mark.parametrize(
     ("conversations", "expected"),
     [
-        ([{"from": "humn", "value": "x"}], "conversations[0].from = humn: unknown speaker"),
+        ([{"from": "humn", "value": "x"}], 'conversations[0].from = "humn": unknown speaker'),
         ([{"value": "x"}], "conversations[0].from: is missing"),
         ([{"from": "human", "value": None}], "conversations[0].value: is null"),
         ([{"from": "human", "value": {"a": 1}}], "conversations[0].value"),

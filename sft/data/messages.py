@@ -32,8 +32,10 @@ _OWN = frozenset(("role", "content", "train", "weight", "tool_calls", "function_
 
 
 def fail(source: str, where: str, value: object, problem: str, cure: str) -> DataError:
-    """`a.jsonl:17: messages[2].role 'usr': unknown role. Did you mean 'user'?`"""
-    shown = "" if value is None else f" = {cut(value)}"
+    """`a.jsonl:17: messages[2].role = "usr": unknown role. Did you mean 'user'?`; a text stands in quotes: "0.5"
+    is not 0.5."""
+    quote = '"' if isinstance(value, str) else ""
+    shown = "" if value is None else f" = {quote}{cut(value)}{quote}"
     return DataError(f"{source}: {where}{shown}: {problem}. {cure}")
 
 
