@@ -62,7 +62,8 @@ def explain_unknown(path: KeyPath, section: type[Section]) -> str:
     name, keys = str(path[-1]), all_keys()
     start = f"unknown key '{dotted(path)}'."
     elsewhere = [key for key in keys if key == name or (key.endswith("." + name) and not key.startswith("data.eval.0"))]
-    if theirs := answer(name):
+    spelled_out = f"{path[-2]}_{name}" if len(path) > 1 else ""  # eval.steps is what others call eval_steps
+    if theirs := answer(spelled_out) or answer(name):
         return start + theirs
     if elsewhere:
         places = " or ".join(f"'{key}'" for key in elsewhere[:3])
@@ -151,6 +152,9 @@ def cure(path: KeyPath, value: Any) -> str:
     if isinstance(value, str):
         if value.lower() in ("yes", "no", "on", "off") and "true or false" in words:
             return f" YAML 1.2 writes {'true' if value.lower() in ('yes', 'on') else 'false'}."
+        listed = words.removeprefix("a list of ")
+        if listed != words and (listed == "texts" or value in listed.replace(" or ", ", ").split(", ")):
+            return f" Write [{value}]."
         if " or " in words or "," in words:
             return did_you_mean(value, words.replace(" or ", ", ").split(", "))
     elif isinstance(value, bool | int | float) and "text" in words:

@@ -211,6 +211,14 @@ def test_names_of_other_trainers_are_answered_with_ours(theirs: str, ours: str) 
     assert ours in said
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("eval.steps", "eval.every"), ("save.steps", "save.every"), ("save.total_limit", "save.keep")],
+)
+def test_their_names_are_known_in_our_sections_too(theirs: str, ours: str) -> None:
+    assert f"unknown key '{theirs}'. Here it is '{ours}'" in refusal(MINIMAL, f"{theirs}=1")
+
+
 def test_every_answer_names_a_key_that_exists() -> None:
     keys = all_keys()
     assert {ours for ours, _ in FOREIGN.values() if ours and ours not in keys} == set()
@@ -280,6 +288,8 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
         ("data.train=3", "'data.train' is 3; wanted: a list of sources"),
         ("data.train.0.columns={a: 3}", "'data.train.0.columns.a' is 3; wanted: text."),
         ("data.train.0.repeat=0", "wanted: a number, above 0."),
+        ("log.trackers=wandb", "wanted: a list of tensorboard, wandb, mlflow or trackio. Write [wandb]."),
+        ("model.lora.modules_to_save=lm_head", "wanted: a list of texts. Write [lm_head]."),
         ("log.trackers=[tensorbord]", "'log.trackers.0' is tensorbord (text); wanted: tensorboard, wandb"),
         ("model.lora=3", "'model.lora' is 3; wanted: a section with rank, alpha"),
         ("model=", "'model' is empty (null); wanted: a section with name"),
