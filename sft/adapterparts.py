@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sft.errors import ModelError
+from sft.errors import ModelError, did_you_mean
 
 
 def token_modules(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
@@ -23,13 +23,14 @@ def refuse_untrained_tokens(settings: Any, needed: Mapping[str, Sequence[int]], 
 
     `settings`: its PEFT config. `needed`: `token_modules` of the base. `tokens`: the spelling of the ids.
     """
+    whole = _last_names(settings.modules_to_save or ())
     trained = settings.trainable_token_indices or {}
     if not isinstance(trained, Mapping):  # a list of ids means the embedding, which `needed` names first
         trained = {next(iter(needed)): trained}
     missing = {
         index
         for module, ids in needed.items()
-        if module not in (settings.modules_to_save or ())
+        if module not in whole
         for index in set(ids) - set(trained.get(module, ()))
     }
     if missing:
@@ -39,3 +40,43 @@ def refuse_untrained_tokens(settings: Any, needed: Mapping[str, Sequence[int]], 
             "Set data.template to the template with which the adapter was trained, or fold it into its base "
             "(sft export --merge), name the result in model.name and train a new adapter."
         )
+
+
+def rows_to_train(model: Any, token_ids: Sequence[int], modules_to_save: Sequence[str]) -> dict[str, list[int]] | None:
+    """`token_modules`, less what is trained whole; None where nothing is left.
+
+    Raises ModelError where one of a tied pair is trained whole: the head's rows would be saved nowhere, or PEFT would
+    train single rows of a head that it trains whole.
+    """
+    if not token_ids:
+        return None
+    modules, whole = token_modules(model, token_ids), _last_names(modules_to_save)
+    embedding, head = next(iter(modules)), model.get_output_embeddings()
+    if len(modules) == 1 and head is not None:
+        name = next(name for name, module in model.named_modules() if module is head).rsplit(".", 1)[-1]
+        if len(whole & {embedding, name}) == 1:
+            raise ModelError(
+                f"model.lora.modules_to_save: {list(modules_to_save)}: {embedding} and {name} of this model share "
+                "their weights, and the template's new tokens need both. Name both, "
+                f"[{embedding}, {name}], or neither: the rows of new tokens are trained and saved anyway."
+            )
+    return {name: ids for name, ids in modules.items() if name not in whole} or None
+
+
+def refuse_unknown_modules(model: Any, key: str, names: str | Sequence[str]) -> None:
+    """ModelError for names that no module has; PEFT passes over them. A string is a pattern, and PEFT's to judge."""
+    if isinstance(names, str):
+        return
+    modules = {name for name, _ in model.named_modules() if name}
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+            known = modules if "." in wanted else _last_names(modules)
+            weights = {name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() > 1}
+            raise ModelError(
+                f"model.lora.{key}: no module of this model is named '{wanted}'.{did_you_mean(wanted, sorted(known))} "
+                f"Those with matrices are {', '.join(sorted(_last_names(weights)))}."
+            )
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}

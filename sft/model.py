@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sft.adapterparts import token_modules
+from sft.adapterparts import refuse_unknown_modules, rows_to_train
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
@@ -153,6 +153,9 @@ def add_adapter(
         continued = _continue_adapter(model, adapter, PeftModel, trained_dtype)
         _name_base(continued, revision)
         return continued
+    refuse_unknown_modules(model, "targets", lora.targets)
+    refuse_unknown_modules(model, "modules_to_save", lora.modules_to_save)
+    rows = rows_to_train(model, trained_token_ids, lora.modules_to_save)
     torch.manual_seed(seed)  # the adapter's first weights depend on the seed alone
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -164,13 +167,20 @@ def add_adapter(
         use_dora=lora.dora,
         modules_to_save=lora.modules_to_save or None,
         init_lora_weights=True if lora.init == "default" else lora.init,
-        trainable_token_indices=token_modules(model, trained_token_ids) if trained_token_ids else None,
+        trainable_token_indices=rows,
     )
     try:
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(
             f"model.lora.targets: {lora.targets!r}: {_first_line(error)} Use all-linear, or names of linear modules."
+        ) from error
+    except TypeError as error:
+        if rows is None:
+            raise
+        raise ModelError(
+            f"model.lora.targets: {lora.targets!r} takes in {' or '.join(rows)}, whose rows for the template's new "
+            "tokens are trained by themselves. Leave it out, or move it to model.lora.modules_to_save."
         ) from error
     _cast_trained(peft_model, trained_dtype)
     _name_base(peft_model, revision)
