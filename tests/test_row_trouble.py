@@ -240,8 +240,14 @@ def test_too_many_drops_stop_whatever_the_reason(bundle: TokenizerBundle) -> Non
 
 def test_over_long_as_an_error_is_a_bad_row(bundle: TokenizerBundle) -> None:
     source = write(GOOD, GOOD.replace(b"Yes", b"six " * 600))
-    with pytest.raises(DataError, match=r"1 bad row of 2:\n  a\.jsonl:2: "):
+    with pytest.raises(DataError, match=r"1 bad row of 2:\n  a\.jsonl:2: ") as caught:
         run(bundle, source, over_long="error")
+    cure = "Raise data.max_tokens, or set data.over_long: drop or truncate"
+    assert str(caught.value).splitlines()[-1] == cure
+    with pytest.raises(DataError) as caught:
+        run(bundle, write(GOOD.replace(b"Yes", b"six " * 600), b"{"), over_long="error")
+    also = "repair or remove them, or set data.on_bad_row: skip to leave them out"
+    assert str(caught.value).splitlines()[-1] == f"{cure}; {also}"
 
 
 def test_cut_rows_are_counted_by_source(bundle: TokenizerBundle) -> None:

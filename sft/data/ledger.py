@@ -41,6 +41,7 @@ class Ledger:
         self.dropped: dict[int, Counter[str]] = {}  # origin → reason → rows
         self.refused: list[str] = []  # the first SHOWN
         self.num_refused = 0
+        self.num_refused_long = 0  # those of them that are only over_long
         self._last_detail = ""
         self._codes: dict[tuple[str, str], int] = {}  # (action, reason) of kept rows → number
         self._noted_conversations = array("q")
@@ -49,6 +50,7 @@ class Ledger:
     def refuse(self, note: Note, origin: int) -> None:
         """A row that `data.on_bad_row` decides about."""
         self.num_refused += 1
+        self.num_refused_long += note.reason == "over_long"
         if len(self.refused) < SHOWN:
             detail = note.detail or note.reason
             again = detail == self._last_detail and len(detail) > LONG_DETAIL
@@ -112,10 +114,14 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
     lines = [f"  {line}" for line in ledger.refused]
     if ledger.num_refused > len(lines):
         lines.append(f"  … and {ledger.num_refused - len(lines):,} more; all of them are in {all_rows}")
+    cures = ["raise data.max_tokens, or set data.over_long: drop or truncate"] if ledger.num_refused_long else []
+    if ledger.num_refused > ledger.num_refused_long:
+        cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
+    told = "; ".join(cures)
     raise DataError(
         f"{ledger.num_refused:,} bad row{'s' if ledger.num_refused > 1 else ''} of {sum(ledger.rows.values()):,}:\n"
         + "\n".join(lines)
-        + "\nRepair or remove them, or set data.on_bad_row: skip to leave them out"
+        + f"\n{told[0].upper()}{told[1:]}"
     )
 
 
