@@ -160,6 +160,12 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
             f"only {share:.2%} of the tokens are trained (data.train_on: {config.data.train_on}). "
             f"Look at them: sft preview {picture.path}"
         )
+    empty, examples = _empty_answers(prepared)
+    if empty:
+        picture.warnings.append(
+            f"in {empty:,} of {examples:,} examples a single token is trained, that which ends an answer: the answer "
+            f"is empty or cut away. Look at them: sft preview {picture.path}"
+        )
     conversations, step = prepared.train.num_conversations, config.batch.examples
     if conversations < step:
         picture.warnings.append(
@@ -170,6 +176,14 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
             f"data.eval: {prepared.eval.num_conversations} held-out conversations make a noisy evaluation"
         )
     picture.warnings += _duplicates(prepared)
+
+
+def _empty_answers(prepared: Prepared) -> tuple[int, int]:
+    """(examples of which one token is trained, all examples), of both sides."""
+    from sft.data.store import Store
+
+    trained_E = Store(prepared.path).arrays["trained"]
+    return int((trained_E == 1).sum()), len(trained_E)
 
 
 def _duplicates(prepared: Prepared) -> Iterator[str]:

@@ -216,6 +216,16 @@ def test_rows_that_are_trained_and_scored_are_named(tmp_path: Path, model_folder
     ]
 
 
+def test_empty_answers_are_counted_in_a_warning(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    def warned(file: Path) -> list[str]:
+        return [text for text in look(config_for(tmp_path, model_folder, file)).warnings if "empty" in text]
+
+    assert warned(data) == []
+    mixed = write(tmp_path / "empty.jsonl", *(row(number, "" if number < 3 else "one") for number in range(20)))
+    (warning,) = warned(mixed)
+    assert warning.startswith("in 3 of 20 examples a single token is trained")
+
+
 def test_what_is_unwise_is_a_warning(tmp_path: Path, model_folder: Path, data: Path) -> None:
     overrides = ("batch.examples=64", "optim.decay=0.1")
     picture = look(config_for(tmp_path, model_folder, data, overrides=overrides))
