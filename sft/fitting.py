@@ -88,7 +88,8 @@ def largest(
         (n0, u0), (n1, u1) = points[-2:]
         slope = (u1.share - u0.share) / (n1 - n0)
         room = n1 + int((share - u1.share) / slope) if slope > 0 else 2 * n1
-        if len(points) == 2 and u1.share < share / 2:  # one measurement draws no line: much of it may be fixed
+        # one measurement draws no line: much of it may be fixed, of a few tokens nearly all
+        if len(points) == 2 and u1.share < (share if n1 < 2 * GRAIN else share / 2):
             room = max(2 * n1, 2 * GRAIN)
         wanted = _rounded(min(room, max(2 * n1, 2 * GRAIN), ceiling), n1)
         if wanted - n1 < max(GRAIN // 2, n1 // 20) and not (wanted == ceiling > n1):

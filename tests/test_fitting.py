@@ -36,6 +36,7 @@ def test_a_line_is_followed_to_nine_tenths_of_the_room() -> None:
     assert tried == [500, 960, 1920, 3840, 7680]  # a twentieth more is not worth another pass
 
 
+@pytest.mark.slow
 @given(
     room=st.integers(10_000, 10**9), fixed=st.integers(0, 10**6), per_token=st.integers(1, 10**4),
     floor=st.integers(1, 4000), more=st.integers(0, 10**6),
@@ -138,6 +139,7 @@ def test_states_of_optimizers() -> None:
     assert optimizer_bytes("paged_adamw_8bit", 400, 100) == 0
 
 
+@pytest.mark.slow  # what others on this machine do shows in it
 def test_this_machine_has_room_and_a_footprint() -> None:
     assert footprint().address_space > footprint().resident > 10**7
     # others on this machine take and give memory meanwhile
