@@ -24,6 +24,7 @@ from sft.hush import hush_progress_bars
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
 
+SAID_ELSEWHERE_SECONDS = 1.0
 app = typer.Typer(
     name="sft",
     help="Supervised finetuning whose every trained token can be seen, and which can be killed anywhere.\n\n"
@@ -92,7 +93,18 @@ def explain(error: BaseException, *, debug: bool) -> int:
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
     if not getattr(error, "said", False) and not (isinstance(error, ConfigError) and not first_on_machine()):
         print(mask_secrets(rank_prefix() + "\n".join(lines)), file=sys.stderr, flush=True)
+    elif rank_prefix():
+        leave_last()
     return code
+
+
+def leave_last() -> None:
+    """Launchers end all ranks as soon as one has left: one whose error another prints gives that one time to."""
+    import signal
+    import time
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided, and the end is near
+    time.sleep(SAID_ELSEWHERE_SECONDS)
 
 
 def rank_prefix() -> str:

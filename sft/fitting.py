@@ -73,9 +73,10 @@ def largest(
 ) -> Fit | None:
     """The most tokens from `floor` to `ceiling` for which `attempt` succeeds and needs at most `share` of the room.
 
-    `attempt` runs passes over so many tokens; None where memory was refused. Sizes grow at most twofold at a time and
-    only where a straight line through the last two measurements says that they fit, so memory is hardly ever exceeded.
-    None where not even `floor` fits.
+    `attempt` runs passes over so many tokens; None where memory was refused. Sizes grow at most twofold at a time (to
+    128 tokens from the smallest) and only where a straight line through the last two measurements says that they fit,
+    so memory is hardly ever exceeded. Where the first pass takes half of the share already, the line starts at zero
+    and errs low. None where not even `floor` fits.
     """
     began = clock()
     first = attempt(floor)
@@ -88,8 +89,7 @@ def largest(
         (n0, u0), (n1, u1) = points[-2:]
         slope = (u1.share - u0.share) / (n1 - n0)
         room = n1 + int((share - u1.share) / slope) if slope > 0 else 2 * n1
-        # one measurement draws no line: much of it may be fixed, of a few tokens nearly all
-        if len(points) == 2 and u1.share < (share if n1 < 2 * GRAIN else share / 2):
+        if len(points) == 2 and u1.share < share / 2:  # one measurement draws no line: much of it may be fixed
             room = max(2 * n1, 2 * GRAIN)
         wanted = _rounded(min(room, max(2 * n1, 2 * GRAIN), ceiling), n1)
         if wanted - n1 < max(GRAIN // 2, n1 // 20) and not (wanted == ceiling > n1):
