@@ -103,8 +103,11 @@ def leave_last() -> None:
     import signal
     import time
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided, and the end is near
-    time.sleep(SAID_ELSEWHERE_SECONDS)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided, and the end is near
+    try:
+        time.sleep(SAID_ELSEWHERE_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def rank_prefix() -> str:

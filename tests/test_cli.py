@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -208,8 +209,10 @@ def test_other_errors_carry_their_rank_and_are_not_said_twice(
     assert cli.explain(error, debug=False) == 2
     assert capsys.readouterr().err == "[rank 3] error: a.jsonl:1: no\n"
     error.said = True  # type: ignore[attr-defined]
+    handler = signal.getsignal(signal.SIGTERM)
     assert cli.explain(error, debug=False) == 2
     assert capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGTERM) == handler  # ignored signals would be inherited by every later process
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
