@@ -55,7 +55,8 @@ class StepFeed:
         """The conversations of a step: a function of seed and step alone."""
         epoch, start, end = self._plan.locate(step)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._split.repeats_C, seed=self._seed, epoch=epoch))
+            split = self._split
+            self._order = (epoch, epoch_order(split.origins_C, split.repeats_S, seed=self._seed, epoch=epoch))
         return self._order[1][start:end]
 
     def build(self, step: int) -> StepData:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.advice import advice_on_steps, beyond_context, unread_arguments
 from sft.checkmachine import look_at_disk, look_at_memory, look_at_model, look_at_packages, look_at_run
 from sft.checkview import print_picture
-from sft.errors import EXIT_DONE, EXIT_USER, DataError, DeviceError, SftError
+from sft.errors import EXIT_DONE, EXIT_USER, DataError, SftError
 from sft.picture import Picture, as_object
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def look_at_tokenizer(picture: Picture) -> None:
             picture.problems.append(str(error))
         return
     picture.notes += bundle.notes
+    picture.warnings += unread_arguments(bundle.template, picture.config.data.template_args)
     rows = picture.shape.vocabulary if picture.shape else None
     if rows is not None and len(bundle.tokenizer) > rows:
         picture.notes.append(
@@ -85,7 +87,7 @@ def look_at_data(picture: Picture, say: Say) -> None:
         return
     try:
         picture.prepared = prepare(config, picture.bundle, cache_dir=cache_dir(), say=say)
-    except (DataError, DeviceError) as error:
+    except SftError as error:
         picture.problems.append(str(error))
         lenient = config.data.model_copy(update={"on_bad_row": "skip", "max_dropped": 1.0})
         with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +95,7 @@ def look_at_data(picture: Picture, say: Say) -> None:
                 partial = config.model_copy(update={"data": lenient})
                 picture.prepared = prepare(partial, picture.bundle, cache_dir=Path(folder), say=lambda line: None)
                 picture.prepared.train.lengths_E.sum()  # mapped, and cached, before the folder goes
-            except (DataError, DeviceError):
+            except SftError:
                 _read_only(picture, config.data.train)  # nothing at all is left: at least the rows are counted
         return
     _judge_data(picture, picture.prepared)
@@ -148,12 +150,8 @@ def _read_only(picture: Picture, sources: list[Source]) -> None:
 def _judge_data(picture: Picture, prepared: Prepared) -> None:
     report, config = prepared.report, picture.config
     longest = int(prepared.train.lengths_E.max())
-    context = picture.settings.get("text_config", picture.settings).get("max_position_embeddings")
-    if isinstance(context, int) and longest > context:
-        picture.problems.append(
-            f"data.max_tokens: {config.data.max_tokens:,} lets examples of {longest:,} tokens in, but the model's "
-            f"context ends at {context:,}. Set data.max_tokens: {context}."
-        )
+    if long := beyond_context(picture.settings, longest, config.data.max_tokens):
+        picture.problems.append(long)
     share = report["trained_tokens"] / max(1, report["tokens"])
     if share < TINY_SHARE:
         picture.warnings.append(
@@ -165,11 +163,6 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
         picture.warnings.append(
             f"in {empty:,} of {examples:,} examples a single token is trained, that which ends an answer: the answer "
             f"is empty or cut away. Look at them: sft preview {picture.path}"
-        )
-    conversations, step = prepared.train.num_conversations, config.batch.examples
-    if conversations < step:
-        picture.warnings.append(
-            f"batch.examples: a step takes {step} conversations, the data has {conversations}: each epoch is one step"
         )
     if prepared.eval is not None and prepared.eval.num_conversations < FEW_HELD_OUT:
         picture.warnings.append(
@@ -212,3 +205,6 @@ def look_at_steps(picture: Picture) -> None:
         picture.plan = make_plan(picture.config, picture.prepared)
     except DataError as error:
         picture.problems.append(str(error))
+        return
+    conversations = picture.prepared.train.num_conversations
+    picture.warnings += advice_on_steps(picture.config, picture.plan, conversations)

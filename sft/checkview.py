@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from sft.pages import num_bytes
 from sft.picture import Picture
-from sft.schedule import share_or_steps
+from sft.schedule import peak_learning_rate, share_or_steps
 
 BARS = " ▁▂▃▄▅▆▇█"
 LABEL = 11  # columns of the label in front of each block
@@ -76,9 +76,7 @@ def tuning_line(picture: Picture) -> str:
         name += f", rank {model.lora.rank}"
     trained, every = picture.trained_parameters, picture.parameters
     share = f"about {large(trained)} trained ({trained / every:.1%})" if trained and every else ""
-    automatic = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}[model.tuning]
-    rate = automatic if optim.lr == "auto" else optim.lr
-    steps = f"{optim.type}, lr {rate:g}, {optim.schedule}"
+    steps = f"{optim.type}, lr {peak_learning_rate(picture.config):g}, {optim.schedule}"
     return " · ".join(part for part in (name, share, f"{picture.precision} on {picture.device}", steps) if part)
 
 

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def whole_from_one(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value:g} is neither a share of the run (below 1) nor a whole number of steps")
+    return value
+
+
+ShareOrSteps = Annotated[float, Field(ge=0), AfterValidator(whole_from_one)]
 Auto = Literal["auto"]
 
 Tuning = Literal["full", "lora", "qlora"]
@@ -105,6 +114,13 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
+    @field_validator("adapter")
+    @classmethod
+    def adapter_is_a_place(cls, adapter: str | None) -> str | None:
+        if adapter in get_args(Tuning):
+            raise ValueError(f"names a trained adapter to continue from; for a new one write model.tuning: {adapter}")
+        return adapter
+
 
 class Source(Section):
     """Rows from one place."""
@@ -186,7 +202,7 @@ class Optim(Section):
     """Peak learning rate; auto: 2e-4 for lora and qlora, 2e-5 for full."""
     schedule: ScheduleName = "cosine"
     """wsd: warm up, hold, decay at the end."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: ShareOrSteps = 0.03
     """Below 1: a share of the steps; else steps."""
     decay: Share = 0.2
     """Share of the steps over which wsd decays at the end."""
@@ -235,7 +251,7 @@ class Train(Section):
 class Eval(Section):
     """Evaluations: at the start, along the way, at the end."""
 
-    every: Annotated[float, Field(ge=0)] = 0.1
+    every: ShareOrSteps = 0.1
     """Below 1: a share of the run; else steps; 0: only at the start and the end."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Held-out prompts answered at each evaluation."""
@@ -246,7 +262,7 @@ class Eval(Section):
 class Save(Section):
     """Checkpoints."""
 
-    every: Annotated[float, Field(ge=0)] = 0.2
+    every: ShareOrSteps = 0.2
     """Below 1: a share of the run; else steps; 0: only at the end."""
     keep: Positive = 2
     """The newest so many; the best is kept besides."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from sft.durable import read_json, write_json, write_text
 from sft.errors import EXIT_DONE
 from sft.runcard import run_card
 from sft.serving import check_serving, describe
-
-if TYPE_CHECKING:
-    from sft.session import Session
+from sft.session import Session, direction
 
 SERVING_SAMPLES = 4
 
@@ -46,8 +44,16 @@ def _report(folder: Path) -> Path:
 
 def _best_weights(session: Session) -> dict[str, torch.Tensor] | None:
     """The weights of the best checkpoint where `save.best` names a metric and the best is not the last."""
-    best = session.best_step()
-    if best is None or best == session.state.step:
+    best, metric = session.best_step(), session.config.save.best
+    if best is None or metric is None:
+        return None
+    scores, sign = session.scores(metric), direction(metric)
+    if session.job.is_first and 0 in scores and sign * scores[0] <= sign * scores[best]:
+        session.say(
+            f"WARNING: by {metric} no checkpoint is better than the model was before training ({scores[0]:.4g}); the "
+            f"best of them is step {best} ({scores[best]:.4g})"
+        )
+    if best == session.state.step:
         return None
     folder = session.folder.checkpoints / f"step-{best:08d}"
     if session.job.is_first:

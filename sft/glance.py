@@ -58,9 +58,12 @@ def _tokenizer(name: str, problems: list[str]) -> tuple[Any, bool | None]:
     try:
         source = tokenizer_source(name)
         try:
-            return load_tokenizer(source).tokenizer, True
-        except TemplateError:
-            return load_tokenizer(source, template="chatml").tokenizer, False
+            bundle = load_tokenizer(source)
+        except TemplateError:  # its own does not work
+            bundle = None
+        if bundle is not None and bundle.chat is not None:
+            return bundle.tokenizer, True
+        return load_tokenizer(source, template="chatml").tokenizer, False
     except (SftError, OSError, ValueError) as error:
         problems.append(_first_line(error))
         return None, None

@@ -347,9 +347,8 @@ def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list
         yield _said(
             f"  eval: {flow(suggest_eval(seen))}", "held out of train: a share or a number; or a list of sources"
         )
-    if about.has_template is False:
-        use = "the model has none of its own" if seen.conversations else "for chats; these rows are joined without one"
-        yield _said("  template: chatml", f"{use}; or zephyr, tulu, a .jinja file")
+    if about.has_template is False and seen.conversations:
+        yield _said("  template: chatml", "the model has none of its own; or zephyr, tulu, a .jinja file")
     size = suggest_max_tokens(lengths, about.context)
     fit = sum(length <= size for length in lengths) / len(lengths)
     yield _said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; others are dropped and counted")

@@ -49,7 +49,7 @@ def model_card(
     sections = [
         _header(config, data_report, license, plain=plain),
         _opening(config, plain=plain),
-        _talk(config, plain=plain),
+        _talk(config, data_report, plain=plain),
         _results(before, after, best, data_report),
         _samples(samples),
         _data(data_report),
@@ -105,7 +105,7 @@ def _opening(config: Mapping[str, Any], *, plain: bool) -> str:
     return f"# {title}\n\n{kind} {METHODS[tuning]} of **{name}**{revision}{folded}."
 
 
-def _talk(config: Mapping[str, Any], *, plain: bool) -> str:
+def _talk(config: Mapping[str, Any], report: Mapping[str, Any], *, plain: bool) -> str:
     arguments = "".join(f", {key}={value!r}" for key, value in (config["data"].get("template_args") or {}).items())
     if plain:
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -116,7 +116,15 @@ def _talk(config: Mapping[str, Any], *, plain: bool) -> str:
             'model = AutoPeftModelForCausalLM.from_pretrained(folder, device_map="auto")\n'
             "model.generation_config = GenerationConfig.from_pretrained(folder)  # where to stop"
         )
-    return f"""## Talk to it
+    title, hint = "Talk to it", "\n\nOr in a terminal: `sft chat FOLDER`."
+    inputs = f"""messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{arguments}
+).to(model.device)"""
+    if report.get("template") == "none":
+        title, hint = "Let it write", ""
+        inputs = 'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)'
+    return f"""## {title}
 
 ```python
 {imports}
@@ -124,15 +132,10 @@ def _talk(config: Mapping[str, Any], *, plain: bool) -> str:
 folder = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {load}
-messages = [{{"role": "user", "content": "Hello!"}}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{arguments}
-).to(model.device)
+{inputs}
 output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-Or in a terminal: `sft chat FOLDER`."""
+```{hint}"""
 
 
 def _results(

@@ -204,11 +204,11 @@ def _refuse_strangers_files(folder: RunFolder) -> None:
 
 def make_plan(config: Config, data: Prepared) -> Plan:
     """The steps of the run. DataError where `repeat` leaves an epoch without a row."""
-    number = conversations_per_epoch(data.train.repeats_C)
+    number = conversations_per_epoch(data.train.origins_C, data.train.repeats_S)
     if not number:
         repeats = ", ".join(f"data.train.{i}.repeat is {source.repeat:g}" for i, source in enumerate(config.data.train))
         raise DataError(
-            f"{repeats}: with {len(data.train.repeats_C):,} conversations to train on, an epoch would hold none. "
+            f"{repeats}: with {data.train.num_conversations:,} conversations to train on, an epoch would hold none. "
             "Raise repeat until it comes to at least one conversation an epoch; 1 takes each once."
         )
     return plan(number, config.batch.examples, config.train.epochs, config.train.max_steps)
@@ -226,7 +226,8 @@ def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, tot
 
 def data_digest(split: Split) -> str:
     """Of every token and weight of a split, in the order of the data."""
-    hasher = hashlib.sha256(split.repeats_C.tobytes())
+    repeats_S = np.asarray(split.repeats_S, dtype=np.float32)
+    hasher = hashlib.sha256(repeats_S[split.origins_C].tobytes() + split.origins_C.tobytes())
     for index in range(split.num_examples):
         example = split.example(index)
         hasher.update(np.ascontiguousarray(example.input_ids_T))

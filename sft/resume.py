@@ -9,6 +9,7 @@ from typing import Any
 
 from sft.config import Config
 from sft.errors import ResumeError
+from sft.schedule import peak_learning_rate
 
 # Keys that may change between a run and its continuation: they move no weight.
 FREE_PREFIXES = (
@@ -51,6 +52,7 @@ def fingerprint(
     """Everything that decides the trajectory, by dotted key. Length counts only where the schedule decays."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     kept = {key: value for key, value in flat.items() if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))}
+    kept["optim.lr"] = peak_learning_rate(config)  # auto, and the number it stands for, are the same rate
     if config.optim.schedule != "constant":
         kept["train.steps"] = total_steps
     return {**kept, "data.content": data_digest, EVAL_CONTENT: eval_digest, "tokenizer": tokenizer_digest}

@@ -8,7 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sft.config import ScheduleName
+from sft.config import Config, ScheduleName
+
+AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+
+
+def peak_learning_rate(config: Config) -> float:
+    """`optim.lr`, or what auto stands for."""
+    return AUTO_LR[config.model.tuning] if config.optim.lr == "auto" else config.optim.lr
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from sft.opening import Opening, cut_metrics, on_first_rank
 from sft.optim import load_state_by_name, state_by_name, whole
 from sft.resume import RunState
 from sft.runfolder import MetricsLog, RunFolder
-from sft.schedule import Plan
+from sft.schedule import Plan, peak_learning_rate
 from sft.space import check_space
 from sft.trainee import loss_sum
 from sft.versions import versions
@@ -234,7 +234,7 @@ def open_session(
     if config.model.compile:
         for layer in getattr(trainee.backbone, "layers", []):
             layer.compile(dynamic=True)
-    peak = setup.peak_learning_rate(config)
+    peak = peak_learning_rate(config)
     optimizer = setup.build_optimizer(config, trainee, peak)
     module, optimizer = accelerator.prepare(trainee, optimizer)
     job = setup.Job(

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from sft.tokenizer import TokenizerBundle
 
-LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 GROUP_TIMEOUT = timedelta(minutes=30)
 AUTO_SHARE = 0.85  # of the free memory: steps differ, and so do their gaps
 
@@ -388,7 +387,3 @@ def build_optimizer(config: Config, trainee: Trainee, lr: float) -> torch.optim.
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
     )
-
-
-def peak_learning_rate(config: Config) -> float:
-    return LR[config.model.tuning] if config.optim.lr == "auto" else config.optim.lr

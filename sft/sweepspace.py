@@ -18,6 +18,7 @@ from sft.config import Config
 from sft.configfile import LoadedConfig, unread_keys
 from sft.configkeys import all_keys, explain_unknown
 from sft.errors import ConfigError, did_you_mean
+from sft.schedule import peak_learning_rate
 from sft.yamltree import flow
 
 Where = Callable[[tuple[str, ...]], str]
@@ -105,12 +106,11 @@ def _same(a: Any, b: Any) -> bool:
 # Points -------------------------------------------------------------------------------------------------------------
 
 
-# What `optim.lr: auto` becomes: the base config is a point of a space of numbers only by its numbers.
-AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-
-
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key; None where a section on the way is null."""
+    """The value of a dotted key; None where a section on the way is null.
+
+    `optim.lr: auto` gives its number: the base config is a point of a space of numbers only by its numbers.
+    """
     here: Any = config.model_dump(mode="json")
     for part in key.split("."):
         if isinstance(here, list) and part.isdigit() and int(part) < len(here):
@@ -119,7 +119,7 @@ def value_of(config: Config, key: str) -> Any:
             here = here.get(part)
         else:
             return None
-    return AUTO_LR[config.model.tuning] if key == "optim.lr" and here == "auto" else here
+    return peak_learning_rate(config) if key == "optim.lr" else here
 
 
 def base_values(space: Sequence[Dimension], config: Config) -> dict[str, Any]:

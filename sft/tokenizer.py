@@ -25,6 +25,10 @@ from sft.templating import ChatTemplate, deadline, generation_markers, parse, pi
 BUILT_IN = ("chatml", "zephyr", "tulu")
 NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
 CONTROL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]+\|>|<(?:start|end)_of_turn>")
+NO_TEMPLATE = (
+    "has no chat template: it is a base model, or its template was not saved with it, and the rows are conversations. "
+    "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
+)
 PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
 
 
@@ -40,13 +44,19 @@ class TokenizerBundle:
     notes: tuple[str, ...]
     digest: str
     chat: ChatTemplate | None = None
-    """What renders, with the clock pinned; None where there is no template."""
+    """What renders, with the clock pinned; None where there is no template. Read it by `require_chat`."""
     closes: bool = True
     """Whether the template itself writes `stop_ids[0]` after an answer."""
     tail: str = ""
     """What the template writes between an answer and its stop token."""
     end_of_text: int | None = None
     """Ends rows that use no template."""
+
+    def require_chat(self) -> ChatTemplate:
+        """What renders conversations. Raises TemplateError for a base model, with the cure."""
+        if self.chat is None:
+            raise TemplateError(f"{self.tokenizer.name_or_path} {NO_TEMPLATE}")
+        return self.chat
 
 
 def load_tokenizer(
@@ -61,17 +71,15 @@ def load_tokenizer(
     """Load a tokenizer, put the template in place, add the tokens it needs, and find where turns end.
 
     `template` is model, a name of `BUILT_IN`, or a path to a .jinja file. `pinned_date` is an ISO date or time.
-    Raises ModelError where there is no tokenizer, TemplateError where there is no template or it doesn't work.
+    A base model without a template serves rows that need none; `bundle.require_chat` tells the others.
+    Raises ModelError where there is no tokenizer, TemplateError where the template doesn't work.
     """
     tokenizer = read_tokenizer(folder_or_id, revision, trust_remote_code)
     end_of_text = tokenizer.eos_token_id
     needed: tuple[str, ...] = ()
     if template == "model":
         if not tokenizer.chat_template:
-            raise TemplateError(
-                f"{folder_or_id} has no chat template: it is a base model, or its template was not saved with it. "
-                "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
-            )
+            return without_template(tokenizer, folder_or_id, serving_stops(folder_or_id, revision, tokenizer))
     else:
         tokenizer.chat_template, needed = template_text(template)
     added = add_tokens(tokenizer, needed)
@@ -104,6 +112,28 @@ def load_tokenizer(
         closes=closes,
         tail=tail,
         end_of_text=end_of_text if end_of_text is not None else stop,
+    )
+
+
+def without_template(tokenizer: Any, name: str, stops: tuple[int, ...]) -> TokenizerBundle:
+    """A base model's tokenizer as it is: for rows of text and pairs of strings, which end with its end of text."""
+    if not stops:
+        raise TemplateError(
+            f"{name} has no chat template, and neither its tokenizer nor its generation settings name an eos_token: "
+            "nothing could be trained to stop. Set data.template: chatml, or set eos_token."
+        )
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    return TokenizerBundle(
+        tokenizer=tokenizer,
+        template=None,
+        template_name="none",
+        added_tokens=(),
+        stop_ids=tuple(dict.fromkeys((end, *stops))),
+        notes=("the model has no chat template: rows are joined as they are, and end with its end of text",),
+        digest=digest(tokenizer, ChatTemplate("", "", {})),
+        end_of_text=end,
     )
 
 

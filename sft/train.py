@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft import setup
+from sft.advice import advice_on_steps, beyond_context
 from sft.batches import Join, StepData, StepFeed
 from sft.console import Console, speak
 from sft.data.collate import to_device
@@ -87,6 +88,8 @@ def _train(
         with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
             bundle, data = prepare_data(loaded, say_early, pinned_date=date)
         plan = make_plan(config, data)
+        for warning in advice_on_steps(config, plan, data.train.num_conversations):
+            say_early(f"warning: {warning}")
         meeting.wait(stop.check)
     accelerator = setup.make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
     rank, is_first = accelerator.process_index, accelerator.is_main_process
@@ -337,6 +340,9 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
         f"{facts['parameters']:,} parameters, {facts['precision']}, lr {job.peak_lr:g}, "
         f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
     )
+    longest = int(session.data.train.lengths_E.max())
+    if long := beyond_context(job.trainee.model.config.to_dict(), longest, session.config.data.max_tokens):
+        session.say(f"warning: {long}")
     if hint := setup.unused_gpus_hint(command):
         session.say(hint)
     if opening.state.step == 0 and job.is_first:

@@ -34,8 +34,8 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.decay", f"optim.schedule is {optim.schedule}; wsd reads it"
     if optim.schedule == "constant":
         yield "optim.min_lr_ratio", "optim.schedule is constant"
-    if data.eval == 0:
-        yield "eval", "data.eval is 0, so nothing is evaluated"
+    if data.eval in (0, []):
+        yield "eval", f"data.eval is {data.eval}, so nothing is evaluated"
     elif config.eval.samples == 0:
         yield "eval.max_new_tokens", "eval.samples is 0"
     if config.train.max_steps is not None:
@@ -50,6 +50,13 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
             yield f"data.{key}", "all training data is plain text, which no template renders"
     for name, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources if isinstance(sources, list) else []):
-            if Path(source.path).is_file() or any(mark in source.path for mark in "*?["):
-                for key in ("split", "subset", "revision"):
-                    yield f"data.{name}.{index}.{key}", "a file has none; hub ids do"
+            place = Path(source.path)
+            keys: tuple[str, ...]
+            if place.is_dir():
+                keys, what = ("subset", "revision"), "a folder"
+            elif place.is_file() or any(mark in source.path for mark in "*?["):
+                keys, what = ("split", "subset", "revision"), "a file"
+            else:
+                continue
+            for key in keys:
+                yield f"data.{name}.{index}.{key}", f"{what} has none; hub ids do"

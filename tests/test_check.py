@@ -230,7 +230,7 @@ def test_what_is_unwise_is_a_warning(tmp_path: Path, model_folder: Path, data: P
     overrides = ("batch.examples=64", "optim.decay=0.1")
     picture = look(config_for(tmp_path, model_folder, data, overrides=overrides))
     assert picture.problems == []
-    unread, few, noisy = picture.warnings
+    unread, noisy, few = picture.warnings
     assert unread.startswith("optim.decay (command line) is set but not read")
     assert few == "batch.examples: a step takes 64 conversations, the data has 36: each epoch is one step"
     assert noisy.startswith("data.eval: 4 held-out conversations")

@@ -435,11 +435,26 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> 
         (["data.train.0.format=text", "data.template_args={a: 1}"], ["data.template_args"]),
         (["data.train.0.path=*.jsonl", "data.train.0.subset=main"], ["data.train.0.subset"]),
         (["data.train.0.path=org/set", "data.train.0.subset=main"], []),
+        (["data.train.0.path=/", "data.train.0.subset=main", "data.train.0.split=x"], ["data.train.0.subset"]),
+        (["data.eval=[]", "eval.every=5"], ["eval.every"]),
     ],
 )
 def test_a_key_that_the_mode_never_reads_is_named(overrides: list[str], unread: list[str]) -> None:
     loaded = load(MINIMAL, *overrides)
     assert [warning.split(" (")[0] for warning in loaded.unread] == unread
+
+
+def test_a_kind_of_tuning_is_no_adapter() -> None:
+    with pytest.raises(ConfigError, match=r"model\.adapter.*; for a new one write model\.tuning: qlora"):
+        load(MINIMAL, "model.adapter=qlora")
+
+
+@pytest.mark.parametrize("key", ["optim.warmup", "eval.every", "save.every"])
+def test_what_is_neither_a_share_nor_whole_steps_is_refused(key: str) -> None:
+    for good in ("0", "0.5", "1", "3"):
+        load(MINIMAL, f"{key}={good}")
+    with pytest.raises(ConfigError, match=rf"{key}.*1\.5 is neither a share of the run \(below 1\) nor a whole number"):
+        load(MINIMAL, f"{key}=1.5")
 
 
 # Writing ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sft.init import (
     suggest_max_tokens,
     suggest_tuning,
 )
+from sft.prepare import load_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,8 @@ def test_a_model_without_template_is_given_one(tmp_path: Path) -> None:
 def test_plain_rows_for_a_model_without_template_can_be_checked(tmp_path: Path, rows: dict[str, str]) -> None:
     folder = make_tokenizer(tmp_path / "base", template=None)
     _, loaded = suggested(write_rows("rows.jsonl", [rows] * 30), folder)
-    assert loaded.config.data.template == "chatml"
+    assert loaded.config.data.template == "model"
+    assert load_bundle(loaded.config).template_name == "none"
 
 
 def test_an_adapter_is_trained_on_and_a_run_stands_for_its_model(tmp_path: Path, model_folder: Path) -> None:

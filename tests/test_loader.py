@@ -106,7 +106,7 @@ def test_what_is_stored_is_what_the_encoder_says(here: Path, bundle: TokenizerBu
         assert not stored.input_ids_T.flags.writeable
     assert train.lengths_E.tolist() == [len(e.input_ids_T) for e in expected]
     assert train.trained_E.tolist() == [e.num_trained for e in expected]
-    assert train.repeats_C.tolist() == [1, 1, 1]
+    assert (train.origins_C.tolist(), train.repeats_S) == ([0, 0, 0], (1.0,))
     first = train.example(0)
     assert bundle.tokenizer.decode(first.input_ids_T[first.weights_T > 0]) == "Yes<|im_end|>"
     assert_adds_up(prepared.report)
@@ -128,7 +128,7 @@ def test_a_conversation_of_several_examples_stays_together(here: Path) -> None:
     assert [train.example(e).source for e in range(5)] == [
         "a.jsonl:1", "a.jsonl:2#0", "a.jsonl:2#1", "a.jsonl:2#2", "a.jsonl:3",
     ]  # fmt: skip
-    assert train.repeats_C.tolist() == [2, 2, 2]
+    assert (train.origins_C.tolist(), train.repeats_S) == ([0, 0, 0], (2.0,))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

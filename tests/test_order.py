@@ -11,35 +11,44 @@ from sft.data.order import conversations_per_epoch, deal, deal_padded, epoch_mem
 LENGTHS = st.lists(st.integers(2, 400), min_size=1, max_size=60)
 
 
-def ones(count: int) -> np.ndarray:
-    return np.ones(count, dtype=np.float32)
+def order(count: int, *, seed: int, epoch: int) -> list[int]:
+    """Of one source whose rows come once."""
+    return list(epoch_order(np.zeros(count, dtype=np.int32), [1.0], seed=seed, epoch=epoch))
 
 
 def test_an_epoch_is_a_permutation_that_changes_with_seed_and_epoch() -> None:
-    first = epoch_order(ones(50), seed=0, epoch=0)
+    first = order(50, seed=0, epoch=0)
     assert sorted(first) == list(range(50))
-    assert list(first) == list(epoch_order(ones(50), seed=0, epoch=0))
-    assert list(first) != list(epoch_order(ones(50), seed=0, epoch=1))
-    assert list(first) != list(epoch_order(ones(50), seed=1, epoch=0))
+    assert first == order(50, seed=0, epoch=0)
+    assert first != order(50, seed=0, epoch=1)
+    assert first != order(50, seed=1, epoch=0)
 
 
 def test_the_order_is_this_one_for_ever() -> None:
     # a resumed run of an older version must see the same order: change this literal and runs break
-    assert list(epoch_order(ones(8), seed=0, epoch=0)) == FIRST_ORDER
+    assert order(8, seed=0, epoch=0) == FIRST_ORDER
 
 
 FIRST_ORDER = [2, 4, 3, 6, 5, 0, 1, 7]
 
 
 def test_repeat_counts_conversations() -> None:
-    repeats = np.array([2.0, 2.0, 0.5, 0.5, 0.5, 0.5, 1.0], dtype=np.float32)
-    assert conversations_per_epoch(repeats) == 7
-    counts = np.bincount(epoch_members(repeats, seed=0, epoch=0), minlength=7)
+    origins = np.array([0, 0, 1, 1, 1, 1, 2], dtype=np.int32)
+    repeats = (2.0, 0.5, 1.0)
+    assert conversations_per_epoch(origins, repeats) == 7
+    counts = np.bincount(epoch_members(origins, repeats, seed=0, epoch=0), minlength=7)
     assert list(counts[:2]) == [2, 2]
     assert counts[2:6].sum() == 2
     assert counts[6] == 1
-    chosen = {tuple(epoch_members(repeats, seed=0, epoch=e)) for e in range(10)}
+    chosen = {tuple(epoch_members(origins, repeats, seed=0, epoch=e)) for e in range(10)}
     assert len(chosen) > 1, "the half that comes is chosen anew each epoch"
+
+
+def test_sources_of_the_same_repeat_have_each_their_share() -> None:
+    origins = np.repeat(np.arange(2, dtype=np.int32), [10, 30])
+    for epoch in range(20):
+        members = epoch_members(origins, (1.5, 1.5), seed=3, epoch=epoch)
+        assert np.bincount(origins[members]).tolist() == [15, 45]
 
 
 @given(LENGTHS, st.integers(1, 4), st.integers(50, 500))

@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import ConfigError
 from sft.sweepfile import METRICS, LoadedSweep, load_sweep
-from sft.sweepspace import AUTO_LR, Dimension, grid_points
+from sft.sweepspace import Dimension, grid_points
 
 BASE = """\
 model: {name: some/model}
@@ -56,12 +56,6 @@ def test_a_sweep_file_with_its_defaults():
     assert [dict(point.values) for point in loaded.first] == [{"optim.lr": 2e-4, "model.lora.rank": 16}]
     assert loaded.first[0].is_base
     assert not loaded.warnings
-
-
-def test_auto_learning_rate_of_the_base_point_is_what_the_trainer_takes():
-    from sft.setup import LR
-
-    assert AUTO_LR == LR
 
 
 def test_nested_and_dotted_keys_are_the_same():

@@ -12,9 +12,12 @@ import pytest
 from chatcases import bpe_tokenizer, family
 from conftest import CHATML, make_tokenizer
 
+from sft.data.encode import Encoder
+from sft.data.outcome import EncodeSettings
 from sft.errors import ModelError, SftError, TemplateError
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, pin_clock
 from sft.tokenizer import load_tokenizer
+from sft.types import Conversation, Message, Passage
 
 PIRATE = [
     {"role": "system", "content": "You are a friendly chatbot who always responds in the style of a pirate"},
@@ -121,8 +124,30 @@ def test_the_template_in_use_is_saved_with_the_tokenizer(base: Path, tmp_path: P
 
 
 def test_no_template_names_the_cure(base: Path) -> None:
-    with pytest.raises(TemplateError, match=r"data\.template: chatml"):
-        load_tokenizer(str(base))
+    bundle = load_tokenizer(str(base))
+    assert (bundle.template, bundle.template_name, bundle.chat) == (None, "none", None)
+    with pytest.raises(TemplateError, match=r"base\d* has no chat template: .*data\.template: chatml"):
+        bundle.require_chat()
+
+
+def test_no_template_serves_rows_that_need_none_and_no_conversation(base: Path) -> None:
+    bundle = load_tokenizer(str(base))
+    encoder = Encoder(bundle, EncodeSettings())
+    (example,) = encoder.encode(Passage("", "Hello you", "a.jsonl:1", "text")).examples
+    assert bundle.tokenizer.decode(example.input_ids_T) == "Hello you</s>"
+    assert example.labels_T.tolist() == example.input_ids_T.tolist()
+    messages = (Message("user", "Hello"), Message("assistant", "you"))
+    with pytest.raises(TemplateError, match="the rows are conversations"):
+        encoder.encode(Conversation(messages, "a.jsonl:2"))
+
+
+def test_neither_template_nor_end_of_text_is_refused(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path, None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TemplateError, match="nothing could be trained to stop"):
+        load_tokenizer(str(folder))
 
 
 def test_an_unknown_template_names_the_nearest(base: Path) -> None:

@@ -278,6 +278,20 @@ def test_an_adapter_without_the_template_s_tokens_is_refused(tmp_path: Path) -> 
     assert events(more, "eval")[0]["loss"] == pytest.approx(events(first, "eval")[-1]["loss"], rel=1e-5)
 
 
+def test_a_base_model_without_template_trains_on_text(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    strip_chatml(base)
+    rows = [{"prompt": f"{word} ", "completion": "Hello you"} for word in ("one", "two", "three", "four") * 4]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_here(write_config(tmp_path, base), f"data.train=[{tmp_path}/pairs.jsonl]", "optim.lr=1e-2")
+    assert losses(run)[-1] < losses(run)[0]
+    card = (run / "final/README.md").read_text()
+    assert "Chat template: none" in card
+    assert not [word for word in ("apply_chat_template", "sft chat") if word in card]
+    serving = json.loads((run / "serving.json").read_text())
+    assert (serving["checked"], serving["ids_equal"]) == (4, 4)
+
+
 def strip_chatml(folder: Path) -> None:
     """Rewrites the tokenizer without <|im_start|> and <|im_end|>, as a base model's is."""
     path = folder / "tokenizer.json"
@@ -312,7 +326,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, model: Path, att
     assert relative(losses(saved), losses(plain)) < 1e-6
 
 
-def test_the_best_checkpoint_becomes_final(tmp_path: Path, model: Path) -> None:
+def test_the_best_checkpoint_becomes_final(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # a rate far too high: the loss rises, so that the best evaluation is not the last
     config = write_config(tmp_path, model, save__best="eval.loss", eval__every=1)
     run = run_here(config, "optim.lr=3", "optim.warmup=0", "optim.schedule=constant", "optim.max_grad_norm=0")
@@ -323,6 +337,7 @@ def test_the_best_checkpoint_becomes_final(tmp_path: Path, model: Path) -> None:
     final = load_file(run / "final/model.safetensors")
     assert checkpoint.keys() == final.keys()
     assert all(torch.equal(checkpoint[name], final[name]) for name in final)
+    assert "by eval.loss no checkpoint is better than the model was before training" in capsys.readouterr().err
 
 
 def test_early_stopping_ends_a_run_that_is_then_complete(tmp_path: Path, model: Path) -> None:

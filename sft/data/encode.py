@@ -32,7 +32,7 @@ from sft.data.outcome import (
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
 from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
-from sft.errors import DataError, TemplateError
+from sft.errors import DataError
 from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
 
@@ -67,22 +67,29 @@ class Work:
 
 
 class Encoder:
-    """Encodes samples with one tokenizer and one set of settings. Never raises for a row."""
+    """Encodes samples with one tokenizer and one set of settings. A row never raises, but a missing template does."""
 
     def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings) -> None:
-        if bundle.chat is None:
-            raise TemplateError("there is no chat template: set data.template")
         self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
-        chat = bundle.chat
         self.stops = frozenset(bundle.stop_ids)
-        texts = dict.fromkeys((chat.text, chat.with_tools))
+        chat = bundle.chat
+        texts = dict.fromkeys((chat.text, chat.with_tools) if chat else ())
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
-        check = answer_check(bundle, chat, self.control.everywhere, allow=settings.control_tokens_in_text == "allow")
-        self.renderer = Renderer(chat, check)
+        self._renderer: Renderer | None = None
+        if chat is not None:
+            allow = settings.control_tokens_in_text == "allow"
+            self._renderer = Renderer(chat, answer_check(bundle, chat, self.control.everywhere, allow=allow))
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS
+
+    @property
+    def renderer(self) -> Renderer:
+        """Of conversations. TemplateError where the model has no template for them."""
+        self.bundle.require_chat()
+        assert self._renderer is not None
+        return self._renderer
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_many([sample])[0]
@@ -314,17 +321,13 @@ class Encoder:
 
     def whole_piece(self, work: Work) -> list[Piece]:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
-        spans, texts = [], []
-        plain = all(weight == 1.0 for weight in work.weights)
-        if not plain:
+        if any(weight != 1.0 for weight in work.weights):
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
         ids, text = list(work.ids), unmark(work.whole)
         if not self.stops.intersection(ids[-8:]):
             ids.append(self.bundle.stop_ids[0])
             text += self.tokenizer.convert_ids_to_tokens(self.bundle.stop_ids[0])
-        spans.append(Span(0, 0, len(ids)))
-        texts.append(text)
-        return [Piece(Rendered(tuple(ids), tuple(spans)), tuple(texts))]
+        return [Piece(Rendered(tuple(ids), (Span(0, 0, len(ids)),)), (text,))]
 
     # -- proof and length
 

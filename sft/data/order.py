@@ -12,33 +12,35 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.types import Int32Array
+
 Int64Array = NDArray[np.int64]
 
 
-def conversations_per_epoch(repeats_C: NDArray[np.float32]) -> int:
+def conversations_per_epoch(origins_C: Int32Array, repeats_S: Sequence[float]) -> int:
     """How many conversations one epoch holds once each comes as often as its source's `repeat` says."""
-    return len(epoch_members(repeats_C, seed=0, epoch=0))
+    return len(epoch_members(origins_C, repeats_S, seed=0, epoch=0))
 
 
-def epoch_members(repeats_C: NDArray[np.float32], *, seed: int, epoch: int) -> Int64Array:
+def epoch_members(origins_C: Int32Array, repeats_S: Sequence[float], *, seed: int, epoch: int) -> Int64Array:
     """The conversations of an epoch, in the order of the data; `repeat: 1.5` comes once or twice.
 
-    The number of members does not depend on seed and epoch: of the C conversations that share a fraction f,
+    `origins_C` numbers the source of each conversation, `repeats_S` holds what each source was given. How many come
+    from a source does not depend on seed and epoch: of its C conversations, with f the fraction of its `repeat`,
     round(f * C) come once more, chosen anew each epoch.
     """
-    whole_C = np.floor(repeats_C).astype(np.int64)
-    fraction_C = np.round(repeats_C - whole_C, 6)
+    times_C = np.floor(np.asarray(repeats_S, dtype=np.float64)).astype(np.int64)[origins_C]
     rng = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
-    for fraction in np.unique(fraction_C[fraction_C > 0]):
-        sharing = np.flatnonzero(fraction_C == fraction)
-        extra = rng.permutation(sharing)[: round(float(fraction) * len(sharing))]
-        whole_C[extra] += 1
-    return np.repeat(np.arange(len(repeats_C)), whole_C)
+    for origin, repeat in enumerate(repeats_S):
+        sharing = np.flatnonzero(origins_C == origin)
+        extra = rng.permutation(sharing)[: round(repeat % 1 * len(sharing))]
+        times_C[extra] += 1
+    return np.repeat(np.arange(len(origins_C)), times_C)
 
 
-def epoch_order(repeats_C: NDArray[np.float32], *, seed: int, epoch: int) -> Int64Array:
+def epoch_order(origins_C: Int32Array, repeats_S: Sequence[float], *, seed: int, epoch: int) -> Int64Array:
     """The conversations of an epoch, shuffled by (seed, epoch)."""
-    members = epoch_members(repeats_C, seed=seed, epoch=epoch)
+    members = epoch_members(origins_C, repeats_S, seed=seed, epoch=epoch)
     return np.random.Generator(np.random.PCG64([seed, epoch, 0])).permutation(members)
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from sft.durable import NO_SPACE, flush_to_disk
 from sft.errors import DeviceError
-from sft.types import Example, Float32Array, Int32Array
+from sft.types import Example, Int32Array
 
 MANIFEST, REPORT, SAMPLES, NOTES = "manifest.json", "report.json", "samples.json", "data_report.jsonl"
 ARRAYS: dict[str, str] = {
@@ -196,7 +196,8 @@ def _read(path: Path) -> Any:
 class Split:
     """Conversations of one side of the store, numbered from 0; examples are mapped, not held.
 
-    All examples of a conversation come in the same step. `repeats_C`: how often a conversation comes in one epoch.
+    All examples of a conversation come in the same step. `origins_C` numbers the source of each, `repeats_S` says how
+    often the conversations of a source come in one epoch.
     `samples`: up to 16 of `{"source", "messages", "tools", "prompt_ids", "reference"}`, messages without the answer.
     """
 
@@ -210,12 +211,12 @@ class Split:
         first_C = store.example_starts[conversations_C]
         within_E = np.arange(self._starts_C[-1]) - np.repeat(self._starts_C[:-1], counts_C)
         self._index_E: NDArray[np.int64] = np.repeat(first_C, counts_C) + within_E
-        origins_C = store.arrays["origins"][conversations_C]
-        self.repeats_C: Float32Array = np.asarray(repeats, dtype=np.float32)[origins_C]
+        self.origins_C: Int32Array = store.arrays["origins"][conversations_C]
+        self.repeats_S = tuple(repeats)
 
     @property
     def num_conversations(self) -> int:
-        return len(self.repeats_C)
+        return len(self.origins_C)
 
     @property
     def num_examples(self) -> int:

@@ -15,6 +15,8 @@ from conftest import make_model
 from harness import Job, assert_same_run, copy_of, fault, rows, shared, write_rows
 
 from sft.checkpoint import step_of
+from sft.config import Config
+from sft.resume import differences, fingerprint
 
 STEP = "sft.train:train_step"
 
@@ -132,6 +134,16 @@ def test_intervals_and_paths_may_change(tmp_path: Path) -> None:
     job.overrides.append(f"data.train.0.path={tmp_path / 'moved.jsonl'}")
     job.train()
     assert_same_run(job, uninterrupted())
+
+
+def test_auto_and_the_rate_it_stands_for_are_the_same_training() -> None:
+    def of(**optim: object) -> dict[str, object]:
+        sections = {"model": {"name": "m", "tuning": "lora"}, "data": {"train": [{"path": "a.jsonl"}]}, "optim": optim}
+        config = Config.model_validate(sections)
+        return fingerprint(config, data_digest="d", eval_digest=None, tokenizer_digest="t", total_steps=9)
+
+    assert of() == of(lr="auto") == of(lr=2e-4)
+    assert differences(of(), of(lr=1e-4)) == {"optim.lr": (2e-4, 1e-4)}
 
 
 @pytest.mark.slow
