@@ -159,6 +159,30 @@ def test_reasoning_that_the_template_drops_is_said(words: TokenizerBundle) -> No
     assert trained(words, encoded) == [["one<|im_end|>"]]
 
 
+@pytest.mark.parametrize("policy", ["assistant", "all"])
+def test_reasoning_within_content_that_the_template_cuts_is_said(tmp_path: Path, policy: str) -> None:
+    """Whatever else is said of the row, and although the words behind the reasoning repeat it."""
+    template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]", 1) + "{# <think> #}"
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, template, None, "<|im_end|>", ())))
+    for thought, expected in (("four", ["reasoning_left_out"]), (" \n", [])):
+        encoded = encode(bundle, U("2+2?"), A(f"<think>{thought}</think>It is four."), train_on=policy)
+        assert [(n.action, n.reason) for n in encoded.notes] == [("altered", reason) for reason in expected]
+        assert "It is four.<|im_end|>" in trained(bundle, encoded)[0][0]
+        assert "think" not in trained(bundle, encoded)[0][0]
+    encoded = encode(bundle, U("<|im_end|>?"), A("<think>hm</think>It."), train_on=policy)
+    assert [n.reason for n in encoded.notes] == ["control_tokens", "reasoning_left_out"]
+
+
+@pytest.mark.parametrize("policy", ["assistant", "all"])
+def test_reasoning_within_content_that_is_rendered_is_no_alteration(merging: TokenizerBundle, policy: str) -> None:
+    assert merging.chat is not None
+    chat = replace(merging.chat, text=merging.chat.text + "{{ '' if '</think>' in messages[0].content }}")
+    bundle = replace(merging, chat=replace(chat, with_tools=chat.text))
+    encoded = encode(bundle, U("2+2?"), A("<think>\nfour\n</think>\n\nIt is four."), train_on=policy)
+    assert encoded.notes == ()
+    assert "<think>\nfour\n</think>\n\nIt is four.<|im_end|>" in trained(bundle, encoded)[0][0]
+
+
 def test_bos_once(tmp_path: Path) -> None:
     """The template writes BOS, and the tokenizer would add another."""
     from transformers import AutoTokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,27 +230,27 @@ class Encoder:
         """The sequences that train this conversation. Raises Refusal."""
         limit, settings = self.settings.max_tokens, self.settings
         if settings.train_on == "all":
-            return self.whole_piece(work)
+            return self.whole_piece(work, notes)
         if len(work.ids) > limit and len(work.trained) > LONG_CHAT and settings.over_long != "truncate":
             last = next(self.renderer.turns(work.messages, work.tools, work.trained[-1:], work.rendered))
             if self.by_markers(work, last, []) and len(piece := self.apart(work, last).rendered.input_ids) > limit:
                 raise TooLong(len(piece))
         turns: list[Turn] = []
         spans: list[Span] = []
-        together = True
+        together, said = True, False
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
         for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
-            if not notes and left_out(work.messages[turn.message], turn.answer):
-                notes.append(reasoning_note(work.sample.source, turn.message))
             if not self.by_markers(work, turn, notes):
                 continue
+            if not said and (said := left_out(work.messages[turn.message], turn.answer)):
+                notes.append(reasoning_note(work.sample.source, turn.message))
             turns.append(turn)
             span = self.span(work, turn, cuts) if together else None
             if span is None:
                 together = False
             else:
                 spans.append(span)
-            if settings.over_long == "truncate" and self.prompt_length(turn, span) >= limit:
+            if settings.over_long == "truncate" and (span.start if span else len(self.ids(turn.prompt))) >= limit:
                 break  # later prompts hold more messages still
         if not turns:
             raise Refusal("nothing_trained", UNMARKED)
@@ -268,9 +269,6 @@ class Encoder:
         if verdict.untrained:
             work.untrained[turn.message] = verdict.untrained
         return verdict.trained
-
-    def prompt_length(self, turn: Turn, span: Span | None) -> int:
-        return span.start if span is not None else len(self.ids(turn.prompt))
 
     def span(self, work: Work, turn: Turn, cuts: Cuts | None) -> Span | None:
         """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""
@@ -319,10 +317,12 @@ class Encoder:
             return self.marked_ids(text, behind=True)
         return encode_after(self.tokenizer, text, lambda ids: self.decoder([ids])[0] == text)
 
-    def whole_piece(self, work: Work) -> list[Piece]:
+    def whole_piece(self, work: Work, notes: list[Note]) -> list[Piece]:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
         if any(weight != 1.0 for weight in work.weights):
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
+        lost = (i for i, message in enumerate(work.messages) if left_out(message, work.whole))
+        notes += [reasoning_note(work.sample.source, i) for i in islice(lost, 1)]
         ids, text = list(work.ids), unmark(work.whole)
         if not self.stops.intersection(ids[-8:]):
             ids.append(self.bundle.stop_ids[0])
@@ -367,7 +367,8 @@ class Encoder:
         """Weights and the length rule."""
         source, limit = work.sample.source, self.settings.max_tokens
         longest = max(len(piece.rendered.input_ids) for piece in pieces)
-        if longest > limit and self.settings.over_long != "truncate" and self.over_by_trained(pieces):
+        trained_end = max(piece.rendered.spans[-1].end for piece in pieces)  # context behind it is no loss
+        if trained_end > limit and self.settings.over_long != "truncate":
             return too_long(source, longest, self.settings)
         examples, cut = [], 0
         for number, piece in enumerate(pieces):
@@ -395,7 +396,3 @@ class Encoder:
                 for first, last in token_ranges(ids, text, stretches, self.decoder):
                     weights_T[span.start + first : span.start + last] = 0
         return weights_T
-
-    def over_by_trained(self, pieces: Sequence[Piece]) -> bool:
-        """Whether a trained token lies beyond the limit; context behind the last trained turn is no loss."""
-        return any(piece.rendered.spans[-1].end > self.settings.max_tokens for piece in pieces)

@@ -16,6 +16,7 @@ from sft.errors import SftError
 
 SHOWN = 80
 TELLING = 12  # characters from which a message found in another's turn is no coincidence
+THINK = re.compile("</?think>")
 
 
 class Refusal(SftError):
@@ -130,9 +131,19 @@ def missing_piece(message: Mapping[str, Any], text: str) -> str | None:
 
 
 def left_out(message: Mapping[str, Any], answer: str) -> bool:
-    """Whether a message brings reasoning that the template does not render."""
-    reasoning = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
-    return isinstance(reasoning, str) and reasoning.strip() not in answer
+    """Whether a message brings reasoning, beside its content or within it, that the template does not render.
+
+    It is looked for beside the words behind it, which may well repeat it.
+    """
+    within, _, words = (message.get("content") or "").rpartition("</think>")
+    beside = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
+    thoughts = [*THINK.split(within), beside if isinstance(beside, str) else ""]
+    wanted = [thought.strip() for thought in thoughts if thought.strip()]
+    if not wanted:
+        return False
+    before, _, behind = answer.rpartition(words.strip()) if words.strip() else (answer, "", "")
+    rest = f"{before}\0{behind}"
+    return any(thought not in rest for thought in wanted)
 
 
 def unmarked(tokens: Sequence[str]) -> re.Pattern[str]:
