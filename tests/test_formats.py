@@ -277,12 +277,35 @@ def test_prompt_and_completion_as_messages_train_the_completion() -> None:
     assert turns(conversation("prompt_completion", prompt=[USER], completion=AHOY)) == [USER, AHOY]
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_messages_as_json_text_are_messages(both: bool) -> None:
+    """As CSV and many Parquet files hold them."""
+    prompt, completion = json.dumps([USER, AHOY, USER]), json.dumps([AHOY], indent=1) if both else [AHOY]
+    sample = conversation("prompt_completion", prompt=prompt, completion=completion)
+    assert (turns(sample), sample.context) == ([USER, AHOY, USER, AHOY], 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["[INST] Hi [/INST]", "[1, 2]", "[]", '[{"name": "role"}]', '["role"]', '[{"role": "user"}, 3]', "[", "[{"]
+)
+def test_text_that_begins_like_a_list_stays_text(text: str) -> None:
+    for prompt, completion in ((text, "x"), ("x", text), (text, text)):
+        sample = FORMATS["prompt_completion"](Row("a.jsonl:7", {"prompt": prompt, "completion": completion}))
+        assert sample == Passage(prompt, completion, "a.jsonl:7", "completion")
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
         ({"prompt": "x"}, "completion: is missing"),
         ({"prompt": "x", "completion": None}, "completion: is missing"),
         ({"prompt": "x", "completion": [AHOY]}, "prompt is text and completion is a list"),
+        ({"prompt": json.dumps([USER]), "completion": "x"}, "prompt is a list and completion is text. Make both"),
+        ({"prompt": "x", "completion": json.dumps([AHOY])}, "prompt is text and completion is a list. Make both"),
+        ({"prompt": str([USER]), "completion": str([AHOY])}, "malformed JSON: "),
+        ({"prompt": json.dumps([USER])[:-3], "completion": "x"}, "Write the messages as JSON (in Python: json.dumps)"),
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([USER])}, "has no assistant message"),
+        ({"prompt": json.dumps([{**USER, "role": "usr"}]), "completion": json.dumps([AHOY])}, "Did you mean 'user'?"),
         ({"prompt": [USER], "completion": [USER]}, "has no assistant message"),
         ({"prompt": 3, "completion": 4}, "expected a list"),
     ],

@@ -6,7 +6,7 @@
                         `system` and `tools` beside it
     alpaca              {"instruction": "Translate", "input": "hello", "output": "ahoy"}, `system`, `history`
     prompt_completion   {"prompt": "2+2=", "completion": "4"}: joined as they are; or two lists of messages: a
-                        conversation of which the completion is trained
+                        conversation of which the completion is trained; as JSON text, too, as CSV files hold them
     text                {"text": "all of it is trained"}
 
 Every error is a `DataError`: `file:line`, field, value (cut) and the cure.
@@ -14,6 +14,7 @@ Every error is a `DataError`: `file:line`, field, value (cut) and the cure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ KEYS_OF_FORMATS = {
     "prompt_completion": "prompt, completion",
     "text": "text",
 }
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+"""How a list of messages begins that a file holds as text, be it JSON or what Python prints."""
 _HINTS = {
     "question": "prompt", "query": "prompt", "input": "prompt", "context": "input", "answer": "completion",
     "response": "completion", "output": "completion", "target": "completion", "chosen": "completion", "content": "text",
@@ -118,17 +121,18 @@ def alpaca(row: Row) -> Conversation:
 
 
 def prompt_completion(row: Row) -> Sample:
-    """Two texts → Passage, joined as they are. Two lists of messages → a conversation of which the completion is
-    trained: messages of the prompt are its context."""
-    prompt, completion = row.data.get("prompt"), row.data.get("completion")
-    for key, value in (("prompt", prompt), ("completion", completion)):
+    """Two texts → Passage, joined as they are. Two lists of messages, or their JSON text → a conversation of which the
+    completion is trained: messages of the prompt are its context."""
+    for key in ("prompt", "completion"):
+        value = row.data.get(key)
         if value is None:
             raise fail(row.source, key, value, "is missing", _seen(row))
+    prompt, completion = (_messages_of_text(row.source, key, row.data[key]) for key in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Passage(text_of(row.source, "prompt", prompt), text_of(row.source, "completion", completion), row.source)
     if isinstance(prompt, str) or isinstance(completion, str):
         kinds = f"prompt is {name_of(prompt)} and completion is {name_of(completion)}"
-        raise fail(row.source, "prompt", prompt, kinds, "Make both text, or both lists of {role, content}")
+        raise fail(row.source, "prompt", row.data["prompt"], kinds, "Make both text, or both lists of {role, content}")
     answers = [completion] if isinstance(completion, Mapping) else as_list(row.source, "completion", completion)
     told = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(as_list(row.source, "prompt", prompt))]
     found = [to_message(row.source, f"completion[{i}]", m) for i, m in enumerate(answers)]
@@ -136,6 +140,21 @@ def prompt_completion(row: Row) -> Sample:
         raise fail(row.source, "completion", answers, "has no assistant message", "The completion is what is trained")
     whole = _conversation(row, "prompt", _with_system(row, told + found))
     return replace(whole, context=len(whole.messages) - len(found))
+
+
+def _messages_of_text(source: str, where: str, value: Any) -> Any:
+    """The list of messages whose JSON text a value is; anything else as it is, whatever it begins with."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        parsed = parse(value)
+    except ValueError as error:
+        if _MESSAGES_AS_TEXT.match(value):
+            cure = "Write the messages as JSON (in Python: json.dumps)"
+            raise fail(source, where, value, str(error), cure) from None
+        return value
+    messages = isinstance(parsed, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in parsed)
+    return parsed if messages and parsed else value
 
 
 def text(row: Row) -> Passage:
