@@ -57,6 +57,13 @@ def test_of_a_prompt_only_all_trains_what_does_not_ask_for_it() -> None:
     assert message_weights("all", (U, Message("assistant", "a", train=False), U, A), 3) == (1, 0, 1, 1)
 
 
+def test_a_completion_of_several_turns_is_trained_whole() -> None:
+    assert message_weights("completion", (U, A, U, A, U, A), 3) == (0, 0, 0, 1, 0, 1)
+    assert message_weights("completion", (U, A, U, A), 1) == (0, 1, 0, 1)
+    assert message_weights("last_assistant", (U, A, U, A), 1) == (0, 0, 0, 1)
+    assert message_weights("completion", (U, Message("assistant", "a", train=False), U, A), 1) == (0, 0, 0, 1)
+
+
 def test_tokens_weigh_what_their_message_weighs() -> None:
     rendered = Rendered((9, 9, 1, 2, 9, 3, 4, 9), (Span(1, 2, 4), Span(3, 5, 7)))
     assert token_weights(rendered, (0, 0.5, 0, 1)).tolist() == [0, 0, 0.5, 0.5, 0, 1, 1, 0]

@@ -29,7 +29,7 @@ def last_assistant(messages: Sequence[Message]) -> Weights:
 
 
 def completion(messages: Sequence[Message]) -> Weights:
-    """What answers the prompt: the assistant turns after the last user message."""
+    """What answers the prompt, where a row does not say what its prompt is: the turns after the last user message."""
     last_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
     return tuple(float(m.role == "assistant" and i > last_user) for i, m in enumerate(messages))
 
@@ -50,8 +50,10 @@ POLICIES: dict[str, Policy] = {
 
 def message_weights(policy: str, messages: Sequence[Message], context: int = 0) -> Weights:
     """The weight of each message: the policy's choice, overridden by `train`, scaled by `weight`. The first `context`
-    messages are a prompt, which only `all` chooses."""
-    chosen = POLICIES[policy](messages)
+    messages are a prompt, which only `all` chooses; the others are its completion, of which `completion` chooses every
+    assistant turn."""
+    known = context and policy == "completion"
+    chosen = POLICIES["assistant" if known else policy](messages)
     if policy != "all":
         chosen = (0.0,) * context + chosen[context:]
     return tuple((c if m.train is None else float(m.train)) * m.weight for c, m in zip(chosen, messages, strict=True))
