@@ -74,6 +74,29 @@ def test_an_object_with_the_keys_of_a_row_is_a_row(here: Path) -> None:
     assert found("y.json", columns={"traj": "messages"})[0][1]["messages"] == [A]  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 3, "tools": [{"name": "f"}], "messages": [{"role": "user", "content": "Hi"}]},
+        {"functions": [], "conversations": [{"from": "human", "value": "Hi"}]},
+        {"history": [["a", "b"]], "instruction": "c", "output": "d"},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_lists_that_a_row_holds_beside_its_messages_are_no_rows(here: Path, row: dict[str, Any], indent: int) -> None:
+    write("x.json", json.dumps(row, indent=indent))
+    assert found("x.json") == [("x.json:1", row)]
+
+
+def test_lists_before_a_row_s_own_fields(here: Path) -> None:
+    write("x.json", json.dumps({"apis": [{"name": "f"}], "messages": [A]}))
+    assert found("x.json", columns={"apis": "tools"}) == [("x.json:1", {"tools": [{"name": "f"}], "messages": [A]})]
+    with pytest.raises(DataError, match="'apis' was read as the rows, and 'messages' makes the object a row itself"):
+        found("x.json")
+    write("y.json", json.dumps({"tools": [{"name": "f"}], "data": [A, B]}))
+    assert [data for _, data in found("y.json")] == [A, B], "the list of a wrapper"
+
+
 def test_two_lists_in_one_object_are_ambiguous(here: Path) -> None:
     write("x.json", json.dumps({"train": [A], "test": [B]}))
     with pytest.raises(DataError, match="two lists in one object: 'train' and 'test'"):

@@ -29,6 +29,8 @@ ROW_FIELDS = frozenset(
     ("messages", "conversations", "conversation", "prompt", "completion", "instruction", "output", "text")
 )
 """A JSON object with one of these is a row itself and not a wrapper around a list of rows."""
+BESIDE = frozenset(("tools", "functions", "history"))
+"""Lists that a row may hold before those fields; they are no lists of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,15 @@ def _read_object(file: IO[bytes], name: str, columns: Mapping[str, str]) -> Rows
     lists: list[str] = []
     while text.space() not in ("}", ""):
         key = text.key()
-        if text.space() == "[" and columns.get(key, key) not in ROW_FIELDS:
+        name_here = columns.get(key, key)
+        if name_here in ROW_FIELDS and not lists:
+            break
+        if name_here in ROW_FIELDS:
+            raise DataError(
+                f"{name}:{text.line}: the list '{lists[0]}' was read as the rows, and '{key}' makes the object a row "
+                f"itself. Put '{key}' first, or write one object a line in a .jsonl file"
+            )
+        if text.space() == "[" and name_here not in BESIDE:
             lists.append(key)
             if len(lists) > 1:
                 raise DataError(
@@ -208,9 +218,6 @@ def _read_object(file: IO[bytes], name: str, columns: Mapping[str, str]) -> Rows
                     "Keep one list of objects, or write one object a line in a .jsonl file"
                 )
             yield from _elements(text, name)
-        elif columns.get(key, key) in ROW_FIELDS:
-            lists.clear()
-            break
         else:
             text.skip()
         if text.space() == ",":
