@@ -25,6 +25,11 @@ Auto = Literal["auto"]
 
 Tuning = Literal["full", "lora", "qlora"]
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+RowField = Literal[
+    "messages", "conversations", "conversation", "prompt", "completion", "instruction", "input", "output", "text",
+    "system", "history", "tools", "functions",
+]  # fmt: skip
+"""What some row format reads: a column that is mapped to another name would be lost."""
 Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
@@ -135,7 +140,7 @@ class Source(Section):
     """Of a hub id (its configuration)."""
     revision: str | None = None
     """Of a hub id: branch, tag or commit."""
-    columns: dict[str, str] = {}
+    columns: dict[str, RowField] = {}
     """{their name: ours}, e.g. {question: prompt, answer: completion}."""
     limit: Positive | None = None
     """Read that many rows."""

@@ -82,11 +82,12 @@ def wanted(path: KeyPath) -> str:
     keys = all_keys()
     names = tuple("0" if isinstance(key, int) else key for key in path)
     field = keys.get(".".join(names))
+    parent = keys.get(".".join(names[:-1]))
     if field is None and names[-1] == "0":  # an item of a list
         items = get_args(keys[".".join(names[:-1])].annotation)
         return _words(items[-1], ()) if items else "a value"
-    if field is None:  # a value inside an open mapping, such as columns
-        return "text"
+    if field is None:  # a value inside an open mapping, such as columns, or deeper in one
+        return _words(get_args(parent.annotation)[-1], ()) if parent else "text"
     return _words(field.annotation, field.metadata)
 
 

@@ -158,6 +158,14 @@ def test_bad_overrides_say_what_is_wrong(override: str, said: str) -> None:
             "model: {name: m}\ndata:\n  train: a\n  eval:\n    - path: a\n      splitt: x\n",
             "c.yaml:6: unknown key 'data.eval.0.splitt'. Did you mean 'split'?",
         ),
+        (
+            "model: {name: m}\ndata:\n  train:\n  - path: a\n    columns:\n      b: text\n      a: compleiton\n",
+            "c.yaml:7: 'data.train.0.columns.a' is compleiton (text); wanted: messages, ",
+        ),
+        (
+            "model: {name: m}\ndata:\n  train: a\n  eval:\n    - {path: a, columns: {a: compleiton}}\n",
+            "c.yaml:5: 'data.eval.0.columns.a' is compleiton (text); wanted: messages, ",
+        ),
         (MINIMAL + "save: {evry: 3}\n", "Did you mean 'every'?"),
         (MINIMAL + "zzzzzzz: 3\n", "At the top there are: run, model, data, batch, optim"),
     ],
@@ -286,7 +294,11 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
         ("data.eval=true", "'data.eval' is true; wanted:"),
         ("data.train=[]", "'data.train' is [] (a list); wanted: a list of sources"),
         ("data.train=3", "'data.train' is 3; wanted: a list of sources"),
-        ("data.train.0.columns={a: 3}", "'data.train.0.columns.a' is 3; wanted: text."),
+        (
+            "data.train.0.columns={a: 3}",
+            "'data.train.0.columns.a' is 3; wanted: messages, conversations, conversation, ",
+        ),
+        ("data.train.0.columns={a: inptu}", "output, text, system, history, tools or functions. Did you mean 'input'?"),
         ("data.train.0.repeat=0", "wanted: a number, above 0."),
         ("log.trackers=wandb", "wanted: a list of tensorboard, wandb, mlflow or trackio. Write [wandb]."),
         ("model.lora.modules_to_save=lm_head", "wanted: a list of texts. Write [lm_head]."),

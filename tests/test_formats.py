@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.config import RowFormat
+from sft.config import RowField, RowFormat
 from sft.data.formats import FORMATS, detect_format
 from sft.data.messages import ROLES, SHAREGPT_ROLES
-from sft.data.readers import Row
+from sft.data.readers import ROW_FIELDS, Row
 from sft.errors import DataError
 from sft.types import Conversation, Message, Passage
 
@@ -62,6 +62,27 @@ def test_every_format_of_the_config_has_a_function() -> None:
 )
 def test_the_format_is_found_by_the_keys(data: dict[str, Any], name: str) -> None:
     assert detect_format(data) == name
+
+
+def test_columns_lead_to_what_formats_read() -> None:
+    """Every name that a format asks a row for, and no other."""
+    asked: set[str] = set()
+
+    class Recorded(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+    chat = [USER, AHOY]
+    for name, data in {
+        "messages": {"conversation": chat}, "sharegpt": {"conversation": [{"from": "gpt", "value": "Hi"}]},
+        "alpaca": {"instruction": "Hi", "output": "Ahoy"},
+        "prompt_completion": {"prompt": [USER], "completion": [AHOY]},
+        "text": {"text": "Hi"},
+    }.items():  # fmt: skip
+        FORMATS[name](Row("a.jsonl:7", Recorded(data)))
+    assert asked == set(get_args(RowField))
+    assert asked > ROW_FIELDS
 
 
 def test_no_format_lists_the_keys_and_suggests_columns() -> None:

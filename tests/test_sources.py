@@ -237,6 +237,13 @@ def test_columns_rename_and_an_unknown_one_lists_those_seen(here: Path) -> None:
         found("a.jsonl", columns={"question": "prompt", "answer": "prompt"})
 
 
+def test_a_mapped_column_replaces_a_namesake_only_where_a_row_has_it(here: Path) -> None:
+    write("a.jsonl", lines({"context": "c", "input": "i"}, {"input": "i"}, {"context": None, "input": "i"}))
+    assert [data for _, data in found("a.jsonl", columns={"context": "input"})] == [
+        {"input": "c"}, {"input": "i"}, {"input": None}
+    ]  # fmt: skip
+
+
 def test_columns_can_swap_names(here: Path) -> None:
     write("a.jsonl", lines({"prompt": "1", "completion": "2"}))
     swapped = found("a.jsonl", columns={"prompt": "completion", "completion": "prompt"})

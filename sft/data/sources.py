@@ -145,7 +145,7 @@ def _split_word(relative: Path) -> str | None:
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
-    """The rows with columns renamed. A column that the first rows lack raises; a mapped one replaces its namesake."""
+    """The rows with columns renamed, in place of a namesake where a row has both. The first rows must have them all."""
     if not columns:
         yield from rows
         return
@@ -158,11 +158,10 @@ def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
                 f"{path}: no column '{theirs}' in the first {len(good)} rows; columns seen: {', '.join(seen)}."
                 f"{did_you_mean(theirs, seen)} columns maps their names to ours, e.g. {{question: prompt}}"
             )
-    ours = set(columns.values())
     for row in itertools.chain(head, rows):
         if isinstance(row, Row):
-            kept = {key: value for key, value in row.data.items() if key not in ours and key not in columns}
             renamed = {columns[key]: value for key, value in row.data.items() if key in columns}
+            kept = {key: value for key, value in row.data.items() if key not in renamed and key not in columns}
             yield Row(row.source, {**kept, **renamed}, row.size)
         else:
             yield row
