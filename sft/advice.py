@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sft.schedule import Plan, share_or_steps
 
 if TYPE_CHECKING:
-    from sft.config import Config
+    from sft.config import Config, Data
 
 
 def advice_on_steps(config: Config, plan: Plan, conversations: int) -> Iterator[str]:
@@ -40,3 +40,15 @@ def unread_arguments(template: str | None, arguments: Mapping[str, Any]) -> Iter
     for name in arguments:
         if template is not None and name not in template:
             yield f"data.template_args.{name}: the template in use never reads {name}"
+
+
+def unread_template(data: Data, report: Mapping[str, Any]) -> Iterator[str]:
+    """Of the keys that choose a template, those that are set although no row was rendered. `report`: of the data.
+
+    Where the config itself says that all rows are text, its reader has said so already.
+    """
+    if report["templated"] or all(source.format == "text" for source in data.train):
+        return
+    for key, value, default in (("template", data.template, "model"), ("template_args", data.template_args, {})):
+        if value != default:
+            yield f"data.{key}: all rows are text or pairs of strings, which no template renders"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.advice import advice_on_steps, beyond_context, unread_arguments
+from sft.advice import advice_on_steps, beyond_context, unread_arguments, unread_template
 from sft.checkmachine import look_at_disk, look_at_memory, look_at_model, look_at_packages, look_at_run
 from sft.checkview import print_picture
 from sft.errors import EXIT_DONE, EXIT_USER, DataError, SftError
@@ -152,6 +152,7 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
     longest = int(prepared.train.lengths_E.max())
     if long := beyond_context(picture.settings, longest, config.data.max_tokens):
         picture.problems.append(long)
+    picture.warnings += unread_template(config.data, report)
     share = report["trained_tokens"] / max(1, report["tokens"])
     if share < TINY_SHARE:
         picture.warnings.append(

@@ -50,6 +50,8 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
             yield f"data.{key}", "all training data is plain text, which no template renders"
     for name, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if name == "eval":
+                yield f"data.eval.{index}.repeat", "an evaluation scores each row once"
             place = Path(source.path)
             keys: tuple[str, ...]
             if place.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.advice import advice_on_steps, beyond_context, unread_arguments
+from sft.advice import advice_on_steps, beyond_context, unread_arguments, unread_template
 from sft.config import Config
 from sft.schedule import plan
 
@@ -42,3 +42,19 @@ def test_arguments_that_no_template_reads_are_told() -> None:
     assert list(unread_arguments(template, {"thinking": 1})) == [], "a part of a name may be read: no false alarm"
     (said,) = unread_arguments(template, {"date_string": "1 May"})
     assert said == "data.template_args.date_string: the template in use never reads date_string"
+
+
+@pytest.mark.parametrize(
+    ("templated", "data", "said"),
+    [
+        (0, {"template": "chatml", "template_args": {"a": 1}}, ["data.template", "data.template_args"]),
+        (1, {"template": "chatml", "template_args": {"a": 1}}, []),
+        (0, {}, []),
+        (0, {"template": "chatml", "train": [{"path": "a.jsonl", "format": "text"}]}, []),  # unread_keys says so
+    ],
+)
+def test_a_template_that_no_row_is_rendered_with_is_told(
+    templated: int, data: dict[str, object], said: list[str]
+) -> None:
+    advice = unread_template(config(data={"train": [{"path": "a.jsonl"}], **data}).data, {"templated": templated})
+    assert [text.split(":")[0] for text in advice] == said

@@ -236,6 +236,13 @@ def test_what_is_unwise_is_a_warning(tmp_path: Path, model_folder: Path, data: P
     assert noisy.startswith("data.eval: 4 held-out conversations")
 
 
+def test_a_template_that_no_row_needs_is_a_warning(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", *({"prompt": f"Hello {i}", "completion": " Yes"} for i in range(40)))
+    for file, warned in ((pairs, True), (data, False)):
+        picture = look(config_for(tmp_path, model_folder, file, overrides=("data.template=chatml",)))
+        assert any(text.startswith("data.template: all rows are text") for text in picture.warnings) is warned
+
+
 def test_a_tiny_share_of_trained_tokens_is_a_warning(tmp_path: Path, model_folder: Path) -> None:
     long = [row(number) for number in range(30)]
     for one in long:

@@ -449,6 +449,8 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> 
         (["data.train.0.path=org/set", "data.train.0.subset=main"], []),
         (["data.train.0.path=/", "data.train.0.subset=main", "data.train.0.split=x"], ["data.train.0.subset"]),
         (["data.eval=[]", "eval.every=5"], ["eval.every"]),
+        (["data.eval=[{path: org/set, repeat: 3}]"], ["data.eval.0.repeat"]),
+        (["data.train.0.repeat=3"], []),
     ],
 )
 def test_a_key_that_the_mode_never_reads_is_named(overrides: list[str], unread: list[str]) -> None:

@@ -314,6 +314,18 @@ def test_samples_of_passages(here: Path, bundle: TokenizerBundle) -> None:
     assert bundle.tokenizer.decode(sample["prompt_ids"]) == "one two "
 
 
+def test_a_template_is_said_to_be_unread_where_all_rows_are_pairs_of_strings(
+    here: Path, bundle: TokenizerBundle
+) -> None:
+    pair = {"prompt": "Hello ", "completion": "Yes"}
+    talk = {"prompt": [{"role": "user", "content": "Hello"}], "completion": [{"role": "assistant", "content": "Yes"}]}
+    for rows, unread in (([pair] * 3, True), ([pair, talk], False)):
+        said: list[str] = []
+        cfg = config(write_rows("a.jsonl", rows), eval=0, template="chatml")
+        prepare(cfg, bundle, cache_dir=Path("cache"), workers=0, say=said.append)
+        assert any(line.startswith("data.template: all rows are text or pairs of strings") for line in said) is unread
+
+
 def test_mapped_columns_decide_the_format(here: Path, bundle: TokenizerBundle) -> None:
     rows = [{"question": "one", "answer": "two", **chat("Hello", "Yes")}] * 3
     write_rows("a.jsonl", rows)

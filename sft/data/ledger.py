@@ -38,6 +38,7 @@ class Ledger:
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
         self.path = path
         self.rows: Counter[int] = Counter()  # origin → rows read
+        self.templated = 0  # rows that a template renders
         self.dropped: dict[int, Counter[str]] = {}  # origin → reason → rows
         self.refused: list[str] = []  # the first SHOWN
         self.num_refused = 0

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sft.advice import unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
@@ -74,6 +75,8 @@ def prepare(
                 _build(path, data, bundle, settings, workers, say)
     prepared = open_prepared(path, repeats)
     _say_result(prepared, say)
+    for line in unread_template(data, prepared.report):
+        say(line)
     return prepared
 
 
@@ -174,6 +177,7 @@ def _build(
             scored = account(writer, ledger, paths, own_eval or trained, "eval", formats[1])
             report["eval"] = scored if scored["kept"] else None
             report["formats"] = formats[0]
+            report["templated"] = ledger.templated
             report["stop_tokens"] = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
             report["template"] = bundle.template_name
             writer.finish(report, pick_samples(writer, ledger, picks))
@@ -228,6 +232,7 @@ def _store(
     say_bad: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
     ledger.rows[batch.origin] += len(batch.rows)
+    ledger.templated += encoded.templated
     kept = np.flatnonzero(encoded.examples)
     first = writer.num_conversations
     conversations = dict(zip(kept.tolist(), range(first, first + len(kept)), strict=True))

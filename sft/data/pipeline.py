@@ -30,7 +30,7 @@ from sft.data.heldout import content_hash
 from sft.data.readers import BadRow, Row
 from sft.data.sources import file_of, place_of, read_rows
 from sft.errors import DataError, DeviceError
-from sft.types import Example, Float32Array, Int32Array, Note, Sample
+from sft.types import Conversation, Example, Float32Array, Int32Array, Note, Sample
 
 if TYPE_CHECKING:
     from sft.config import Source
@@ -75,6 +75,7 @@ class EncodedBatch:
     examples: Int32Array  # R
     hashes: NDArray[np.uint64]  # R
     notes: list[tuple[int, Note]]  # (row, note)
+    templated: int  # of the R rows, those that a template renders
 
 
 def encode_batch(encoder: ManyEncoder, batch: RowBatch) -> EncodedBatch:
@@ -108,6 +109,7 @@ def encode_batch(encoder: ManyEncoder, batch: RowBatch) -> EncodedBatch:
         examples_R,
         hashes,
         notes,
+        sum(isinstance(sample, Conversation) for sample in samples),
     )
 
 
