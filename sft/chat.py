@@ -16,6 +16,7 @@ from typing import Any
 from sft.errors import EXIT_DONE, ModelError, SftError
 from sft.generate import GREEDY, Sampling, complete
 from sft.hush import hush_libraries
+from sft.tokenizer import message_form
 
 MAX_NEW_TOKENS = 1024
 ROOM_FOR_AN_ANSWER = 16  # tokens; a longer conversation loses its oldest turns first
@@ -63,6 +64,9 @@ class Talk:
     max_new_tokens: int = MAX_NEW_TOKENS
     messages: list[dict[str, str]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.form = message_form(self.tokenizer, self.template_args)
+
     def answer(self, text: str, write: Callable[[str], None]) -> str:
         """Adds the user's message, streams the answer to `write`, and adds it too. An interrupted one counts."""
         self.messages.append({"role": "user", "content": text})
@@ -94,7 +98,7 @@ class Talk:
         while True:
             try:
                 rendered = self.tokenizer.apply_chat_template(
-                    kept, add_generation_prompt=True, return_dict=True, **self.template_args
+                    list(map(self.form, kept)), add_generation_prompt=True, return_dict=True, **self.template_args
                 )
             except Exception as error:  # a template refuses in ways of its own: system prompts, an odd order of roles
                 raise ModelError(f"the chat template refuses this conversation: {error}") from error

@@ -117,7 +117,8 @@ def _talk(config: Mapping[str, Any], report: Mapping[str, Any], *, plain: bool) 
             "model.generation_config = GenerationConfig.from_pretrained(folder)  # where to stop"
         )
     title, hint = "Talk to it", "\n\nOr in a terminal: `sft chat FOLDER`."
-    inputs = f"""messages = [{{"role": "user", "content": "Hello!"}}]
+    content = '[{"type": "text", "text": "Hello!"}]' if report.get("content_in_parts") else '"Hello!"'
+    inputs = f"""messages = [{{"role": "user", "content": {content}}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{arguments}
 ).to(model.device)"""

@@ -11,9 +11,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sft.errors import TemplateError
 from sft.evaluate import inference_mode_of
 from sft.generate import complete
+from sft.templating import describe as objection
 from sft.templating import pin_clock
+from sft.tokenizer import message_form
 
 SHOWN = 160  # characters of a text that a report carries
 AROUND = 2  # tokens shown on either side of a difference between days
@@ -32,7 +35,8 @@ def check_serving(
 ) -> dict[str, Any]:
     """Checks `folder` on held-out samples and returns what came of it, as plain values.
 
-    A sample holds `source`, `messages` and `tools` (or a string `prompt`), and the `prompt_ids` of training. `model`
+    A sample holds `source`, `messages` and `tools` (or a string `prompt`), and the `prompt_ids` of training. Messages
+    are given to the template as training gave them: where it reads content as a list of parts, in parts. `model`
     spares loading the weights a second time: tokenizer and generation config come from the folder in any case.
     `template_args` are what training gave to the template; a stranger has to give them too, so the result names them.
     `pinned_date` is the ISO date that the run told to templates which read the clock.
@@ -51,6 +55,8 @@ def check_serving(
     if pinned_date is not None and "strftime_now" in str(saved):
         date = datetime.fromisoformat(pinned_date)
         tokenizer.chat_template = pinned(saved, date)
+    form = message_form(tokenizer, arguments)
+    samples = [{**sample, "messages": list(map(form, sample.get("messages") or ()))} for sample in samples]
     stop_ids = saved_stop_ids(folder)
     mismatches: list[dict[str, Any]] = []
     excepted: list[str] = []
@@ -119,9 +125,15 @@ def describe(result: Mapping[str, Any]) -> str:
 def prompt_difference(
     tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Where the served ids first part from training's: {at, trained, served}; None where they are equal."""
+    """Where the served ids first part from training's: {at, trained, served}; None where they are equal.
+
+    `served` says what the template objects to where it makes no prompt at all.
+    """
     trained = list(sample["prompt_ids"])
-    served = served_ids(tokenizer, sample, template_args)
+    try:
+        served = served_ids(tokenizer, sample, template_args)
+    except TemplateError as error:
+        return {"at": 0, "trained": tokenizer.decode(trained[:12]), "served": f"no prompt, but an error: {error}"}
     if served == trained:
         return None
     at = shared(trained, served)
@@ -130,7 +142,8 @@ def prompt_difference(
 
 
 def served_ids(tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping[str, Any]) -> list[int]:
-    """The prompt's ids as a stranger makes them: through the saved template, or from the plain string."""
+    """The prompt's ids as a stranger makes them: through the saved template, or from the plain string. Raises
+    TemplateError."""
     messages = list(sample.get("messages") or ())
     if not messages:
         ids: list[int] = tokenizer(sample.get("prompt", ""))["input_ids"]
@@ -138,9 +151,12 @@ def served_ids(tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping
     if messages[-1]["role"] == "assistant":  # the reference answer
         messages = messages[:-1]
     tools = list(sample.get("tools") or ()) or None
-    rendered = tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **template_args
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **template_args
+        )
+    except Exception as error:  # a template may raise anything: it is a program
+        raise TemplateError(objection(error)) from error
     return list(rendered["input_ids"])
 
 
@@ -189,7 +205,11 @@ def another_day(
     tokenizer.chat_template = pinned(template, now)
     found = []
     for sample in samples:
-        trained, served = list(sample["prompt_ids"]), served_ids(tokenizer, sample, template_args)
+        trained = list(sample["prompt_ids"])
+        try:
+            served = served_ids(tokenizer, sample, template_args)
+        except TemplateError:  # on the run's own day it made no prompt either, which is among the mismatches
+            continue
         if trained != served and not _spells_control_token(tokenizer, sample):
             found.append((trained, served))
     if not found:

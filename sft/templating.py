@@ -128,6 +128,10 @@ class ChatTemplate:
     parts: bool = False
     """Whether it reads content as a list of parts, as templates of models that see do."""
 
+    def given(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as this template reads it."""
+        return in_parts(message) if self.parts else dict(message)
+
     def render(
         self,
         conversations: Sequence[Messages],
@@ -156,14 +160,12 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = template or (self.with_tools if tools else self.text)
-        if self.parts:
-            conversations = [[in_parts(message) for message in messages] for messages in conversations]
         limits = rendering.get()
         try:
             if limits:
                 limit_address_space(limits[0])
             rendered: Any = render_jinja_template(
-                conversations=[list(map(dict, messages)) for messages in conversations],
+                conversations=[list(map(self.given, messages)) for messages in conversations],
                 tools=list(map(dict, tools)) or None,
                 chat_template=template,
                 add_generation_prompt=generation_prompt,

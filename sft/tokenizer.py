@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sft.errors import ModelError, TemplateError, did_you_mean
-from sft.templating import ChatTemplate, deadline, generation_markers, parse, pin_clock
+from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_markers, parse, pin_clock
 
 BUILT_IN = ("chatml", "zephyr", "tulu")
 NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
@@ -216,6 +216,21 @@ def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
         notes.append("the template reads content as a list of parts: text is given to it as [{type: text, text: …}]")
         return in_parts
     return chat
+
+
+def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What makes of a plain message one as the tokenizer's own template reads it: found out as for training.
+
+    A template that is not there, or that cannot be probed, gets plain ones; it says itself what it objects to.
+    """
+    if not tokenizer.chat_template:
+        return dict
+    try:
+        chat = chat_template(tokenizer, template_args, None, [])
+        with deadline(10.0, "the chat template"):
+            return fit_content(chat, []).given
+    except (TemplateError, TemplateTimeout):
+        return dict
 
 
 def probe(chat: ChatTemplate) -> tuple[str, str]:

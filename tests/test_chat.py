@@ -147,6 +147,18 @@ def test_a_template_that_refuses_is_explained(tmp_path: Path, capsys: pytest.Cap
     assert "refuses this conversation: No system role" in capsys.readouterr().err
 
 
+def test_a_template_that_reads_parts_is_asked_in_parts(tmp_path: Path) -> None:
+    seeing = CHATML.replace("message['content']", "message['content'][0]['text']")
+    folder = str(make_chain_model(tmp_path, template=seeing))
+    model, tokenizer, arguments = open_model(folder)
+    talk = Talk(model, tokenizer, stop_ids_of(folder, model, tokenizer), template_args=arguments)
+    command(talk, "/system You are a pirate")
+    talk.messages.append({"role": "user", "content": "Hello"})
+    assert tokenizer.decode(talk._prompt()[0]) == (
+        "<|im_start|>system\nYou are a pirate<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_a_base_model_cannot_chat(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no chat template"):
         open_model(str(make_chain_model(tmp_path, template=None)))

@@ -86,6 +86,10 @@ def test_the_code_on_the_card_is_python(tuning: str) -> None:
     assert match
     ast.parse(match[1])
     assert "enable_thinking=False" in match[1]
+    in_parts = re.search(r"```python\n(.*?)```", model_card(raw, {**REPORT, "content_in_parts": True}), re.DOTALL)
+    assert in_parts
+    ast.parse(in_parts[1])
+    assert '"content": [{"type": "text", "text": "Hello!"}]' in in_parts[1]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,34 @@ def test_text_that_spells_a_control_token_is_told_apart(folder: Path) -> None:
     assert "spell a control token" in describe(result)
 
 
+SEEING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] "
+    "if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Reads content as a list of parts; a string gives an empty message."""
+
+
+def test_a_template_that_reads_parts_gets_them_as_in_training(folder: Path, tmp_path: Path) -> None:
+    seeing = make_chain_model(tmp_path, template=SEEING)
+    samples = [sample(folder, "Hello", "hello world", "Are you sure?", "No"), sample(folder, "How are you?")]
+    result = check_serving(seeing, samples, max_new_tokens=8)
+    assert (result["passed"], result["ids_equal"]) == (True, 2)
+
+
+def test_what_a_template_objects_to_is_a_mismatch_and_no_end_of_the_run(folder: Path, tmp_path: Path) -> None:
+    shy = "{% if add_generation_prompt and messages[0]['content'] == 'Hello' %}{{ raise_exception('no greetings') }}" \
+          "{% endif %}{% if false %}{{ strftime_now('%Y') }}{% endif %}"  # fmt: skip
+    shy_folder = make_chain_model(tmp_path, template=CHATML + shy)
+    samples = [sample(folder, "Hello"), sample(folder, "How are you?")]
+    result = check_serving(shy_folder, samples, max_new_tokens=8, pinned_date="2024-07-05")
+    assert (result["passed"], result["ids_equal"], result["stopped"]) == (False, 1, 2)
+    (mismatch,) = result["mismatches"]
+    assert (mismatch["source"], mismatch["served"]) == ("a.jsonl:1", "no prompt, but an error: no greetings")
+    assert "the saved folder gives 'no prompt, but an error: no greetings'" in describe(result)
+    assert result["another_day"] is None
+
+
 def test_a_prompt_without_messages_is_plain_text(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = {"source": "b.jsonl:2", "messages": [], "tools": [], "prompt": "hello\n", "reference": "",
