@@ -153,6 +153,16 @@ def test_all_trains_the_prompt_of_a_row_of_prompt_and_completion(words: Tokenize
     assert only(Encoder(words, EncodeSettings(train_on="all")).encode(flagged)) == ("refused", "unprovable")
 
 
+@pytest.mark.parametrize(("footer", "added"), [("", 0), ("\\n \\n", 0), ("Oh", 1), ("Oh . Oh . Oh", 1)])
+def test_a_row_that_is_trained_whole_ends_with_a_stop_token(tmp_path: Path, footer: str, added: int) -> None:
+    """However near its end another one stands."""
+    bundle = load_tokenizer(str(make_tokenizer(tmp_path, CHATML + f"{{{{ '{footer}' }}}}")))
+    (example,) = encode(bundle, U("Hello"), A("one"), train_on="all").examples
+    text = bundle.tokenizer.decode(example.input_ids_T)
+    assert text.count("<|im_end|>") == 2 + added
+    assert text.rstrip().endswith("<|im_end|>")
+
+
 def test_reasoning_that_the_template_drops_is_said(words: TokenizerBundle) -> None:
     encoded = encode(words, U("Hello"), A("one", extra={"reasoning_content": "two"}))
     assert [(n.action, n.reason) for n in encoded.notes] == [("altered", "reasoning_left_out")]

@@ -324,7 +324,8 @@ class Encoder:
         lost = (i for i, message in enumerate(work.messages) if left_out(message, work.whole))
         notes += [reasoning_note(work.sample.source, i) for i in islice(lost, 1)]
         ids, text = list(work.ids), unmark(work.whole)
-        if not self.stops.intersection(ids[-8:]):
+        end = max((place for place, token in enumerate(ids, 1) if token in self.stops), default=0)
+        if not end or self.decoder([ids[end:]])[0].strip():
             ids.append(self.bundle.stop_ids[0])
             text += self.tokenizer.convert_ids_to_tokens(self.bundle.stop_ids[0])
         return [Piece(Rendered(tuple(ids), (Span(0, 0, len(ids)),)), (text,))]
