@@ -193,6 +193,25 @@ def test_reasoning_within_content_that_is_rendered_is_no_alteration(merging: Tok
     assert "<think>\nfour\n</think>\n\nIt is four.<|im_end|>" in trained(bundle, encoded)[0][0]
 
 
+@pytest.mark.parametrize("policy", ["assistant", "all"])
+def test_trained_characters_that_the_tokenizer_does_not_know_are_said(words: TokenizerBundle, policy: str) -> None:
+    encoded = encode(words, U("Hello ש"), A("one ש two 🙂 ש"), train_on=policy)
+    (note,) = encoded.notes
+    assert (note.action, note.reason) == ("altered", "unknown_characters")
+    assert note.detail.startswith("4 of its" if policy == "all" else "3 of its")
+    assert encode(words, U("Hello ש"), A("one")).notes == ()
+    passage = Passage("ש ", "one ש", "a.jsonl:1")
+    (note,) = Encoder(words, EncodeSettings()).encode(passage).notes
+    assert (note.reason, note.detail[:8]) == ("unknown_characters", "1 of its")
+
+
+def test_an_unknown_token_that_also_ends_texts_is_no_loss(tmp_path: Path) -> None:
+    """As GPT-2's does."""
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, CHATML, None, "<|im_end|>", ())))
+    bundle.tokenizer.unk_token = "<|im_end|>"
+    assert encode(bundle, U("Hello"), A("there")).notes == ()
+
+
 def test_bos_once(tmp_path: Path) -> None:
     """The template writes BOS, and the tokenizer would add another."""
     from transformers import AutoTokenizer

@@ -7,6 +7,7 @@ trained turn becomes an example of its own: the ids of the served prompt, then t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,7 @@ from sft.data.outcome import (
     refused,
     spelled_note,
     too_long,
+    unknown_notes,
 )
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
@@ -125,7 +127,9 @@ class Encoder:
         self.tokenize([work for work in works.values() if not work.marked])
         for i, work in works.items():
             try:
-                notes[i] = self.altered(work)
+                if work.marked:
+                    work.ids = self.ids(work.whole)
+                notes[i] = [spelled_note(work.sample.source, work.spelled)] if work.marked else []
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = refused(work.sample.source, refusal, self.settings)
@@ -158,6 +162,7 @@ class Encoder:
             raise Refusal("unprovable", f"expected the trained tokens to decode to {shown(found.text)}, found "
                                         f"{shown(decoded)}. The tokenizer does not give this text back.")  # fmt: skip
         notes = [spelled_note(sample.source, found.spelled)] if found.spelled else []
+        notes += unknown_notes(sample.source, self.decoder.unknown(found.ids[found.start :], found.text))
         length, limit = len(found.ids), settings.max_tokens
         if length > limit and (settings.over_long != "truncate" or found.start >= limit):
             return too_long(sample.source, length, settings)
@@ -175,12 +180,10 @@ class Encoder:
         weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
-        spelled: dict[str, int] = {}
-        mode = self.settings.control_tokens_in_text
+        mode, spelled = self.settings.control_tokens_in_text, Counter[str]()
         if mode != "allow":
             for value, answer in [*((m, m["role"] == "assistant") for m in messages), *((t, False) for t in tools)]:
-                for token in self.control.spelled(value, answer=answer):
-                    spelled[token] = spelled.get(token, 0) + 1
+                spelled.update(self.control.spelled(value, answer=answer))
         if spelled:
             if mode == "error":
                 raise Refusal(
@@ -198,14 +201,6 @@ class Encoder:
         if whole.marks is not None and trained:
             check_marked(whole, messages)
         return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
-
-    def altered(self, work: Work) -> list[Note]:
-        """Says what the row became other than it was written, and tokenises a marked row."""
-        notes = []
-        if work.marked:
-            work.ids = self.ids(work.whole)
-            notes.append(spelled_note(work.sample.source, work.spelled))
-        return notes
 
     # -- ids
 
@@ -383,7 +378,12 @@ class Encoder:
             return too_long(source, longest, self.settings)
         if cut:
             notes = [*notes, cut_note(source, longest, limit)]
-        return Encoded(tuple(examples), tuple(notes))
+        unknown = sum(
+            self.decoder.unknown(piece.rendered.input_ids[span.start : span.end], text)
+            for piece in pieces
+            for span, text in zip(piece.rendered.spans, piece.texts, strict=True)
+        )
+        return Encoded(tuple(examples), (*notes, *unknown_notes(source, unknown)))
 
     def weights(self, work: Work, piece: Piece) -> Float32Array:
         """Weight of each token (T,). Raises Refusal where it cannot be told which tokens the markers leave out."""

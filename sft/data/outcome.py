@@ -71,6 +71,12 @@ def reasoning_note(source: str, message: int) -> Note:
     return Note(source, "altered", "reasoning_left_out", what)
 
 
+def unknown_notes(source: str, tokens: int) -> list[Note]:
+    """Of so many trained tokens that stand for what the tokenizer cannot write; nothing of none."""
+    what = f"{tokens} of its trained tokens stand for characters that the tokenizer does not know: they are lost"
+    return [Note(source, "altered", "unknown_characters", what)] if tokens else []
+
+
 def cut_note(source: str, tokens: int, limit: int) -> Note:
     what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
     return Note(source, "cut", "over_long", what)

@@ -42,6 +42,7 @@ class Decoder:
     def __init__(self, tokenizer: Any, anchor: int, control: re.Pattern[str]) -> None:
         self.tokenizer = tokenizer
         self.control = control
+        self.unknown_token, self.unknown_id = tokenizer.unk_token, tokenizer.unk_token_id
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
         plain = self.backend is not None and type(self.backend.decoder).__name__ in ("ByteLevel", "Fuse")
         self.anchor = [] if plain else [anchor]
@@ -78,11 +79,20 @@ class Decoder:
             return True
         if self.adds_blanks and self.with_added(expected).fullmatch(decoded):
             return True
-        unknown = self.tokenizer.unk_token
+        unknown = self.unknown_token
         if not unknown or unknown not in decoded:
             return False
         known = ".+?".join(re.escape(piece) for piece in re.split(f"(?:{re.escape(unknown)})+", decoded))
         return re.fullmatch(known, expected, re.DOTALL) is not None
+
+    def unknown(self, ids: Sequence[int], text: str) -> int:
+        """How many ids stand for characters of a text that the tokenizer does not know.
+
+        The token may have another meaning besides (GPT-2's is its end of text): where the text has it, it is no loss.
+        """
+        if self.unknown_id is None or not (found := ids.count(self.unknown_id)):
+            return 0
+        return max(0, found - text.count(self.unknown_token))
 
     def with_added(self, text: str) -> re.Pattern[str]:
         """Matches a text with or without a blank at its start and behind each control token."""
