@@ -82,6 +82,7 @@ def look_at_data(picture: Picture, say: Say) -> None:
     config = _with_sources_that_exist(picture)
     if config is None:
         return
+    picture.notes += _files_left_out(config)
     if picture.bundle is None:
         _read_only(picture, config.data.train)
         return
@@ -99,6 +100,13 @@ def look_at_data(picture: Picture, say: Say) -> None:
                 _read_only(picture, config.data.train)  # nothing at all is left: at least the rows are counted
         return
     _judge_data(picture, picture.prepared)
+
+
+def _files_left_out(config: Config) -> list[str]:
+    from sft.data.sources import files_left_out
+
+    sources = [*config.data.train, *(config.data.eval if isinstance(config.data.eval, list) else [])]
+    return [line for source in sources for line in files_left_out(source.path, source.split)]
 
 
 def _with_sources_that_exist(picture: Picture) -> Config | None:

@@ -243,6 +243,15 @@ def test_a_template_that_no_row_needs_is_a_warning(tmp_path: Path, model_folder:
         assert any(text.startswith("data.template: all rows are text") for text in picture.warnings) is warned
 
 
+def test_files_left_out_of_a_folder_are_noted(tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("tools", "dev_tools"):
+        write(folder / f"{name}.jsonl", *(row(number) for number in range(20)))
+    notes = look(config_for(tmp_path, model_folder, folder)).notes
+    assert any("dev_tools.jsonl (validation)" in note for note in notes)
+
+
 def test_a_tiny_share_of_trained_tokens_is_a_warning(tmp_path: Path, model_folder: Path) -> None:
     long = [row(number) for number in range(30)]
     for one in long:

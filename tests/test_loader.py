@@ -326,6 +326,16 @@ def test_a_template_is_said_to_be_unread_where_all_rows_are_pairs_of_strings(
         assert any(line.startswith("data.template: all rows are text or pairs of strings") for line in said) is unread
 
 
+def test_files_that_are_left_out_of_a_folder_are_said(here: Path, bundle: TokenizerBundle) -> None:
+    Path("d").mkdir()
+    for name in ("tools", "dev_tools"):
+        write_rows(f"d/{name}.jsonl", rows_of(3))
+    for _ in range(2):  # prepared, and found prepared
+        said: list[str] = []
+        prepare(config("d", eval=0), bundle, cache_dir=Path("cache"), workers=0, say=said.append)
+        assert sum("dev_tools.jsonl (validation)" in line for line in said) == 1
+
+
 def test_mapped_columns_decide_the_format(here: Path, bundle: TokenizerBundle) -> None:
     rows = [{"question": "one", "answer": "two", **chat("Hello", "Yes")}] * 3
     write_rows("a.jsonl", rows)

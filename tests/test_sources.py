@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.sources import BadRow, Place, Row, file_of, read_rows, source_files, source_fingerprint
+from sft.data.sources import (
+    BadRow,
+    Place,
+    Row,
+    file_of,
+    files_left_out,
+    read_rows,
+    source_files,
+    source_fingerprint,
+)
 from sft.errors import DataError
 
 A, B, C = {"text": "one"}, {"text": "two"}, {"text": "three"}
@@ -203,6 +212,24 @@ def test_split_picks_files_of_a_folder_by_name_so_that_test_rows_are_not_trained
     assert found("d", split="validation") == [("d/dev/x.jsonl:1", C)]
     with pytest.raises(DataError, match="no file for split 'tset'"):
         found("d", split="tset")
+
+
+def test_files_that_a_folder_s_split_leaves_out_are_named(here: Path) -> None:
+    for name in ("tools.jsonl", "dev_tools.jsonl", "more/test.jsonl", "notes.txt"):
+        write(f"d/{name}", lines(A))
+    assert list(files_left_out("d")) == [
+        "d: left out, since by their names they belong to another split than 'train': dev_tools.jsonl (validation), "
+        "more/test.jsonl (test). To read one, name the file itself as a source"
+    ]
+    (said,) = files_left_out("d", "validation")
+    assert "tools.jsonl (train)" in said
+    for number in range(9):
+        write(f"e/{number}-test.jsonl", lines(A))
+    write("e/train.jsonl", lines(A))
+    (said,) = files_left_out("e")
+    assert "4-test.jsonl (test) and 4 more." in said
+    for whole in ("d/*.jsonl", "d/tools.jsonl", "d/more"):
+        assert list(files_left_out(whole, "test")) == []
 
 
 def test_what_is_not_there_is_said_with_the_nearest_name(here: Path) -> None:

@@ -30,7 +30,7 @@ from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
 from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream
 from sft.data.samples import Picks, pick_samples
-from sft.data.sources import place_of, source_files, source_fingerprint
+from sft.data.sources import files_left_out, place_of, source_files, source_fingerprint
 from sft.data.store import (
     NOTES,
     Prepared,
@@ -69,6 +69,9 @@ def prepare(
     path = cache_dir / cache_key(data, bundle, settings)
     sources = _sources(data)
     repeats = [source.repeat for source in sources]
+    for source in sources:
+        for line in files_left_out(source.path, source.split):
+            say(line)
     if not is_published(path):
         with disk_errors(path), _alone(path, say):
             if not is_published(path):

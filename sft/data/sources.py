@@ -25,10 +25,13 @@ from sft.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from sft.config import Source
 
-__all__ = ["BadRow", "Place", "Row", "file_of", "place_of", "read_rows", "source_files", "source_fingerprint"]
+__all__ = ["BadRow", "Place", "Row", "file_of", "files_left_out", "place_of", "read_rows", "source_files",
+           "source_fingerprint"]  # fmt: skip
 
 HEAD_ROWS = 100
 """A column that none of the first rows has does not exist."""
+FILES_NAMED = 5
+"""Of files that are left out."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORDS = {
@@ -77,6 +80,25 @@ def file_of(source: str) -> str:
     return source.rpartition(":")[0] or source
 
 
+def files_left_out(path: str, split: str = "train") -> Iterator[str]:
+    """Says which files of a folder are not read, since their names name another split. Nothing where all are read.
+
+    Raises DataError where nothing is found.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return
+    read = set(source_files(path, split))
+    left = [file.relative_to(folder) for file in _data_files(folder) if file not in read]
+    if left:
+        named = ", ".join(f"{file} ({_split_word(file) or 'train'})" for file in left[:FILES_NAMED])
+        named += f" and {len(left) - FILES_NAMED:,} more" if len(left) > FILES_NAMED else ""
+        yield (
+            f"{path}: left out, since by their names they belong to another split than '{split}': {named}. "
+            "To read one, name the file itself as a source"
+        )
+
+
 def source_files(path: str, split: str = "train") -> list[Path]:
     """The files of a source, sorted; empty for a hub id. Raises DataError where nothing is found."""
     expanded = Path(path).expanduser()
@@ -85,7 +107,7 @@ def source_files(path: str, split: str = "train") -> list[Path]:
             raise DataError(f"{path}: no reader for this kind of file. Known: {_kinds()}")
         return [expanded]
     if expanded.is_dir():
-        found = [f for f in sorted(expanded.rglob("*")) if f.is_file() and _wanted(f.relative_to(expanded))]
+        found = _data_files(expanded)
         if not found:
             raise DataError(f"{path}: no data files in this folder. Known kinds: {_kinds()}")
         return _of_split(found, expanded, split)
@@ -98,6 +120,10 @@ def source_files(path: str, split: str = "train") -> list[Path]:
     if _HUB_ID.fullmatch(path) and not kind_of(expanded):
         return []
     raise DataError(f"{path}: no such file or folder, seen from {Path.cwd()}.{_nearest(expanded)}")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*")) if f.is_file() and _wanted(f.relative_to(folder))]
 
 
 def _shown(file: Path) -> str:
