@@ -124,23 +124,33 @@ class CheckpointStore:
         self._keep = keep
         self.expected_bytes = 0  # of one checkpoint, where the caller can tell before the first
         self._protected: int | None = None
+        self._newest: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._whole: dict[Path, bool] = {}  # verified once a process: damage found later costs at most a kept copy
 
     def protect(self, step: int | None) -> None:
-        """`step` is the best so far: rotation leaves it. None lifts the protection."""
+        """`step` is the best of those that are published: rotation leaves it. None lifts the protection."""
         self._protected = step
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], None], *, protect: int | None = None) -> None:
         """Publish `step`: `write(folder)` fills the folder, in a background thread.
+
+        `protect` is the best step once this one is published, and not before: where it is `step` itself, the former
+        best stays until then.
 
         Waits for (and raises the error of) the save before. What `write` reads must not change meanwhile: give it
         copies in host memory.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(step, write), name=f"checkpoint-{step}")
+        self._newest = step
+        self._thread = threading.Thread(target=self._run, args=(step, write, protect), name=f"checkpoint-{step}")
         self._thread.start()
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are published, and the one that is being written."""
+        there = [step_of(path) for path in complete_checkpoints(self._root)]
+        return there if self._newest is None else [self._newest, *there]
 
     def wait(self) -> None:
         """Until the save is durable and rotated. Raises its error: DeviceError for the disk's, others as they are."""
@@ -162,9 +172,10 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def _run(self, step: int, write: Callable[[Path], None]) -> None:
+    def _run(self, step: int, write: Callable[[Path], None], protect: int | None) -> None:
         try:
             self._publish(step, write)
+            self._protected = protect
             self._rotate(step)
         except BaseException as error:  # carried to the training thread, which raises it in wait() or poll()
             self._error = error

@@ -8,25 +8,30 @@ from typing import Any
 
 import torch
 
-from sft.checkpoint import publish_folder, read_tensors, verify
-from sft.distributed import wait_for_all
+from sft.checkpoint import complete_checkpoints, publish_folder, step_of, verify
+from sft.choice import best_step, direction
+from sft.distributed import from_first_rank, wait_for_all
 from sft.durable import read_json, write_json, write_text
-from sft.errors import EXIT_DONE
+from sft.errors import EXIT_DONE, ResumeError
 from sft.runcard import run_card
 from sft.serving import check_serving, describe
-from sft.session import Session, direction
+from sft.session import Session
 
 SERVING_SAMPLES = 4
 
 
 def finish(session: Session, *, reason: str) -> None:
     """Writes what remains of a run. A collective where the model is sharded. `reason`: why it ended early, or ""."""
-    weights = _best_weights(session) or session.trained_weights(copy=False)
+    best = _best_step(session)
+    weights = session.trained_weights(copy=False) if best is None else {}
     if session.job.is_first:
         final, staging = session.folder.final, session.folder.path / ".staging-final"
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
-        session.write_model(staging, weights, dtype=_saved_dtype(session))
-        serving = _serve(session, staging)
+        if best is None:
+            session.write_model(staging, weights, dtype=_saved_dtype(session))
+        else:
+            _write_best(session, session.folder.checkpoints / f"step-{best:08d}" / "model", staging)
+        serving = {**_serve(session, staging, live=best is None), "step": best or session.state.step}
         write_json(session.folder.path / "serving.json", serving)
         session.say(f"serving check: {describe(serving)}")
         write_text(staging / "README.md", run_card(session.folder.path) or "")
@@ -42,43 +47,51 @@ def _report(folder: Path) -> Path:
     return write_report(folder)
 
 
-def _best_weights(session: Session) -> dict[str, torch.Tensor] | None:
-    """The weights of the best checkpoint where `save.best` names a metric and the best is not the last."""
-    best, metric = session.best_step(), session.config.save.best
-    if best is None or metric is None:
+def _best_step(session: Session) -> int | None:
+    """The step of the best checkpoint where `save.best` names a metric and the best is not the last."""
+    metric, last = session.config.save.best, session.state.step
+    if metric is None:
         return None
-    scores, sign = session.scores(metric), direction(metric)
-    if session.job.is_first and 0 in scores and sign * scores[0] <= sign * scores[best]:
+    scores = session.scores(metric)
+    best: int | None = from_first_rank(_best_whole(session, metric, scores) if session.job.is_first else None)
+    if best is None:
+        return None
+    sign = direction(metric)
+    if 0 in scores and sign * scores[0] <= sign * scores[best]:
         session.say(
             f"WARNING: by {metric} no checkpoint is better than the model was before training ({scores[0]:.4g}); the "
             f"best of them is step {best} ({scores[best]:.4g})"
         )
-    if best == session.state.step:
+    if best == last:
         return None
-    folder = session.folder.checkpoints / f"step-{best:08d}"
-    if session.job.is_first:
-        verify(folder)
-        session.say(f"final/ takes the best checkpoint by {session.config.save.best}: step {best}")
-    wait_for_all()
-    return _weights_of(session, folder / "model")
+    session.say(f"final/ takes the best checkpoint by {metric}: step {best}")
+    return best
 
 
-def _weights_of(session: Session, model_folder: Path) -> dict[str, torch.Tensor]:
-    """Trained weights of a checkpoint's model/, under the names of the live model."""
+def _best_whole(session: Session, metric: str, scores: dict[int, float]) -> int | None:
+    """The best step whose checkpoint verifies, or the last, whose weights are here. Says which ones it passes over."""
+    last = session.state.step
+    there = {step_of(path): path for path in complete_checkpoints(session.folder.checkpoints)}
+    while (best := best_step(scores, metric, {*there, last})) not in (None, last):
+        assert best is not None
+        try:
+            verify(there[best])
+            return best
+        except ResumeError as error:
+            session.say(f"WARNING: step {best} is the best by {metric}, but its checkpoint is damaged: {error}")
+            del there[best]
+    return best
+
+
+def _write_best(session: Session, model_folder: Path, target: Path) -> None:
+    """final/ from a checkpoint's model/, which is the same but for the dtype of a full finetune."""
+    if session.config.model.tuning != "full":
+        shutil.copytree(model_folder, target)
+        return
     from sft.model import load_base
 
-    trainee = session.job.trainee
-    if session.config.model.tuning == "full":
-        model = load_base(str(model_folder), dtype="auto")
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    live = {name: t.detach().clone() for name, t in get_peft_model_state_dict(trainee.model).items()}
-    set_peft_model_state_dict(trainee.model, read_tensors(model_folder / "adapter_model.safetensors"))
-    try:
-        return session.trained_weights()
-    finally:
-        set_peft_model_state_dict(trainee.model, live)
+    weights = load_base(str(model_folder), dtype="auto").state_dict()
+    session.write_model(target, {name: t.detach() for name, t in weights.items()}, dtype=_saved_dtype(session))
 
 
 def _saved_dtype(session: Session) -> torch.dtype | None:
@@ -98,22 +111,24 @@ def _saved_dtype(session: Session) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
-def _serve(session: Session, final: Path) -> dict[str, Any]:
-    """Through the saved folder as a stranger loads it; on CUDA the live weights answer, to spare the memory."""
+def _serve(session: Session, final: Path, *, live: bool) -> dict[str, Any]:
+    """Through the saved folder as a stranger loads it. On CUDA the live weights answer, to spare the memory, where
+    they are the ones that were saved."""
     samples = session.data.eval.samples[:SERVING_SAMPLES] if session.data.eval is not None else []
-    live = session.job.trainee.model if session.job.device.type == "cuda" and not session.job.is_sharded else None
+    spare = live and session.job.device.type == "cuda" and not session.job.is_sharded
+    model = session.job.trainee.model if spare else None
     if session.job.is_sharded:
         samples = []
     with torch.autocast(
         session.job.device.type,
         session.job.trainee.compute_dtype,
-        enabled=live is not None and session.job.trainee.autocast,
+        enabled=model is not None and session.job.trainee.autocast,
     ):
         return check_serving(
             final,
             samples,
             max_new_tokens=max(256, session.config.eval.max_new_tokens),
-            model=live,
+            model=model,
             template_args=session.config.data.template_args,
             pinned_date=read_json(session.folder.environment)["date"],
             trust_remote_code=session.config.model.trust_remote_code,

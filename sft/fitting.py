@@ -152,6 +152,11 @@ class StepMemory:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
+            if self.through is not None:
+                reset: Any = getattr(self.through, "reset_iter_state", None)
+                if reset is not None:  # FSDP2's state, which a broken pass leaves in the middle
+                    reset()
+                self.through.zero_grad(set_to_none=True)
             return None
 
     def _on_cuda(self, tokens: int) -> Used:

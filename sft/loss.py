@@ -15,7 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
-CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time: small enough for caches, large enough for full-speed products
+# Of float32 logits at a time. On a CPU: small enough for caches, large enough for full-speed products. Each chunk reads
+# the head, and sums a gradient of its size where it is trained: on a GPU, whose products outrun its memory, chunks are
+# a share of the memory there is (1.2 GiB of 80).
+CPU_CHUNK_BYTES = 64 * 2**20
+GPU_CHUNK_SHARE = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,12 @@ class LogitTransform:
         return logits
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Targets whose float32 logits fit in `CHUNK_BYTES`."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Targets whose float32 logits make one chunk on this device."""
+    size = CPU_CHUNK_BYTES
+    if device.type == "cuda":
+        size = max(size, int(GPU_CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory))
+    return max(16, size // (4 * vocabulary))
 
 
 def linear_loss_sum(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
@@ -58,7 +65,9 @@ def head_loss_sum(
         return (F.cross_entropy(head(hidden_mD).float(), targets_m, reduction="none") * weights_m).sum()
 
     total = hidden_MD.new_zeros((), dtype=torch.float32) + 0.0 * hidden_MD.float().sum()
-    rows = chunk_rows(vocabulary)
+    if len(targets_M) == 0:  # the head takes part all the same: DDP and FSDP wait for the gradients of what it trains
+        return total + 0.0 * head(hidden_MD.new_zeros(1, hidden_MD.shape[-1])).float().sum()
+    rows = chunk_rows(vocabulary, hidden_MD.device)
     for start in range(0, len(targets_M), rows):
         part = slice(start, start + rows)
         total = total + checkpoint(chunk_loss, hidden_MD[part], targets_M[part], weights_M[part], use_reentrant=False)
@@ -81,7 +90,7 @@ class _LinearLossSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         grad_hidden = torch.zeros_like(hidden_MD) if needs_hidden else None
         grad_weight: Tensor | None = None
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight.shape[0], weight.device)
         with torch.autocast(hidden_MD.device.type, enabled=False):
             for start in range(0, len(targets_M), rows):
                 part = slice(start, start + rows)

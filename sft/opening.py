@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.checkpoint import find_resumable
+from sft.choice import scores_of, stops_early
 from sft.config import Config
 from sft.data.order import conversations_per_epoch
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, DeviceError, ResumeError, SftError
+from sft.gguf import gguf_file
 from sft.resume import RunState, check_continuation, fingerprint, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 from sft.schedule import Plan, plan, share_or_steps
 
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself allows
+WEIGHT_SAMPLES, WEIGHT_SAMPLE_BYTES = 256, 4096  # of each file of weights
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -97,20 +100,19 @@ def open_run(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """On rank 0: the lock, the old run moved aside, the checkpoint to continue from, or what forbids it."""
+    _refuse_strangers_files(folder)
     if fresh and folder.path.exists():
-        with lock:
-            pass  # a live owner is named before anything moves
-        moved = folder.move_aside()
+        moved = lock.while_held(folder.move_aside)  # a live owner is named before anything moves
         say(f"--fresh: the old run lies in {moved}")
     check_writable(folder.path)
     lock.acquire()
     check_writable(folder.checkpoints)
     checkpoint = find_resumable(folder.checkpoints, say)
     if checkpoint is None:
-        _refuse_strangers_files(folder)
+        done_at = _end_without_checkpoints(loaded.config, folder, total_steps)
         warmup = warmup_steps(loaded.config, total_steps, None)
-        state = RunState(0, fingerprint=print_of_run, warmup_steps=warmup)
-        return {"checkpoint": None, "state": state.as_dict(), "is_done": False}
+        state = RunState(done_at or 0, fingerprint=print_of_run, warmup_steps=warmup)
+        return {"checkpoint": None, "state": state.as_dict(), "is_done": done_at is not None}
     recorded = read_json(checkpoint / "state.json")
     state = RunState.from_dict(recorded)
     consents = check_continuation(
@@ -123,12 +125,39 @@ def open_run(
     ended = folder.read_status().get("state") == "done" and not fault
     if folder.read_status().get("state") == "done" and fault:
         say(f"WARNING: {folder.final} is damaged ({fault}): it is written again from the checkpoint")
-    stopped_early = folder.read_status().get("reason", "").startswith("early stopping")
-    return {
-        "checkpoint": str(checkpoint),
-        "state": state.as_dict(),
-        "is_done": ended and (state.step >= total_steps or stopped_early),
-    }
+    is_done = ended and (state.step >= total_steps or _stopped_early(loaded.config, folder))
+    return {"checkpoint": str(checkpoint), "state": state.as_dict(), "is_done": is_done}
+
+
+def _stopped_early(config: Config, folder: RunFolder) -> bool:
+    """Whether the run ended early by a rule that still says so."""
+    rule, reason = config.train.early_stopping, folder.read_status().get("reason", "")
+    if rule is None or not reason.startswith("early stopping"):
+        return False
+    return stops_early(scores_of(MetricsLog(folder.metrics).read(), rule.metric), rule)
+
+
+def _end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int) -> int | None:
+    """The step at which a complete run ended whose checkpoints were removed; None for a run that is to begin.
+
+    ResumeError for a run that had checkpoints and needs them: beginning again from nothing is the user's choice.
+    """
+    status, events = folder.read_status(), MetricsLog(folder.metrics).read()
+    if status.get("state") == "done" and not fault_of_model(folder.final):
+        step = int(status.get("step") or 0)
+        if step >= total_steps or _stopped_early(config, folder):
+            return step
+    trained = max((int(event["step"]) for event in events if event["event"] == "train"), default=0)
+    interval = share_or_steps(config.save.every, total_steps)
+    # The second save waits for the first one to be published.
+    had_some = any(event["event"] == "resume" for event in events) or 0 < 2 * interval < trained
+    if status.get("state") == "done" or had_some or (status.get("state") == "stopped" and status.get("step")):
+        raise ResumeError(
+            f"{folder.path}: this run came to step {trained}, but {folder.checkpoints} holds no checkpoint to continue "
+            "from. Put it back (is a disk not mounted?), give this training another run.dir, or start over with "
+            "--fresh (the old run is moved aside)."
+        )
+    return None
 
 
 def warmup_steps(config: Config, total_steps: int, recorded: Mapping[str, Any] | None) -> int:
@@ -191,14 +220,11 @@ def cut_metrics(metrics: MetricsLog, config: Config, opening: Opening, say: Call
 
 
 def _refuse_strangers_files(folder: RunFolder) -> None:
-    """A folder full of other things is not a run folder: nothing is written between a user's files."""
-    ours = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "data.json", "data_report.jsonl",
-            "checkpoints", "final", "report.html", "trackers", "serving.json"}  # fmt: skip
-    strangers = [p.name for p in folder.path.iterdir() if p.name not in ours and not p.name.startswith(".")]
-    if strangers and not folder.status.exists():
+    """A folder of other things is not a run folder: nothing is written between, or over, a user's files."""
+    if not folder.may_be_written():
+        held = sorted(path.name for path in folder.path.iterdir() if not path.name.startswith("."))
         raise ResumeError(
-            f"run.dir: {folder.path} is no run folder: it holds {', '.join(sorted(strangers)[:5])}. "
-            "Choose an empty or new folder."
+            f"run.dir: {folder.path} is no run folder: it holds {', '.join(held[:5])}. Choose an empty or new folder."
         )
 
 
@@ -220,8 +246,34 @@ def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, tot
         data_digest=data_digest(data.train),
         eval_digest=data_digest(data.eval) if data.eval is not None else None,
         tokenizer_digest=bundle.digest,
+        base_digest=base_digest(config),
         total_steps=total_steps,
     )
+
+
+def base_digest(config: Config) -> str | None:
+    """Of the weights under an adapter; None for a full finetune, whose checkpoints hold its own.
+
+    The commit of a hub model; of files, their sizes and samples throughout, since whole ones may take minutes to read.
+    """
+    if config.model.tuning == "full":
+        return None
+    place = gguf_file(config.model.name) or Path(config.model.name)
+    if not place.exists():
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        settings = cached_file(config.model.name, "config.json", revision=config.model.revision)
+        return extract_commit_hash(settings, None)
+    files = sorted([*place.glob("*.safetensors"), *place.glob("*.bin")]) if place.is_dir() else [place]
+    hasher = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for sample in range(WEIGHT_SAMPLES):
+                stream.seek(size * sample // WEIGHT_SAMPLES)
+                hasher.update(stream.read(WEIGHT_SAMPLE_BYTES))
+    return hasher.hexdigest()[:16]
 
 
 def data_digest(split: Split) -> str:

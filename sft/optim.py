@@ -63,26 +63,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def whole(tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
+def whole(tensor: torch.Tensor, *, copy: bool = True, keep: bool = True) -> torch.Tensor:
     """The full tensor on the host; gathers shards (a collective: every rank must call it).
 
     Without `copy`, a tensor that lies on the host already is given as it is: for when nothing trains any more.
+    Without `keep`, the caller only takes part in gathering, and gets an empty tensor.
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=copy)
+    return tensor.detach().to("cpu", copy=copy) if keep else torch.empty(0)
 
 
 def state_by_name(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, copy: bool = True
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, copy: bool = True, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """`{"<parameter>::<entry>": tensor}`, whole, on the host. Plain numbers become float64 scalars."""
+    """`{"<parameter>::<entry>": tensor}`, whole, on the host. Plain numbers become float64 scalars. As `whole`."""
     state: dict[str, torch.Tensor] = {}
     for parameter, name in names.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             is_tensor = isinstance(value, torch.Tensor)
             state[f"{name}::{entry}"] = (
-                whole(value, copy=copy) if is_tensor else torch.tensor(float(value), dtype=torch.float64)
+                whole(value, copy=copy, keep=keep) if is_tensor else torch.tensor(float(value), dtype=torch.float64)
             )
     return state
 
@@ -106,6 +107,17 @@ def load_state_by_name(
     whole_state = optimizer.state_dict()
     whole_state["state"] = {indices[p]: entries for p, entries in per_parameter.items()}
     optimizer.load_state_dict(whole_state)
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _page(optimizer: Any) -> None:
+    """Moves restored moments back into memory shared with the host: bitsandbytes loads them onto the device."""
+    for parameter, entries in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in entries:
+                buffer = optimizer.get_state_buffer(parameter, dtype=entries[name].dtype)
+                entries[name] = buffer.copy_(entries[name])
 
 
 def _placed(tensor: torch.Tensor, parameter: nn.Parameter) -> Any:

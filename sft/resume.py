@@ -47,15 +47,17 @@ class RunState:
 
 
 def fingerprint(
-    config: Config, *, data_digest: str, eval_digest: str | None, tokenizer_digest: str, total_steps: int
-) -> dict[str, Any]:
+    config: Config, *, data_digest: str, eval_digest: str | None, tokenizer_digest: str, base_digest: str | None,
+    total_steps: int,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that decides the trajectory, by dotted key. Length counts only where the schedule decays."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     kept = {key: value for key, value in flat.items() if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))}
     kept["optim.lr"] = peak_learning_rate(config)  # auto, and the number it stands for, are the same rate
     if config.optim.schedule != "constant":
         kept["train.steps"] = total_steps
-    return {**kept, "data.content": data_digest, EVAL_CONTENT: eval_digest, "tokenizer": tokenizer_digest}
+    return {**kept, "data.content": data_digest, EVAL_CONTENT: eval_digest, "tokenizer": tokenizer_digest,
+            "model.weights": base_digest}  # fmt: skip
 
 
 def named_only(config: Config) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sft.choice import best_step, scores_of
 from sft.configfile import load_config
 from sft.durable import read_json
 from sft.modelcard import model_card
@@ -29,7 +30,7 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
         config.model_dump(mode="json"),
         read_json(folder.data),
         before=evaluations.get(0),
-        after=evaluations.get(chosen_step(evaluations, config.save.best)),
+        after=evaluations.get(saved_step(events, config.save.best, serving)),
         best=config.save.best,
         serving=None if serving is None else describe(serving),
         samples=answers[-1]["samples"] if answers else (),
@@ -50,14 +51,12 @@ def run_of(path: Path) -> RunFolder | None:
     return None
 
 
-def chosen_step(evaluations: dict[int, dict[str, Any]], best: str | None) -> int:
-    """The step whose weights final/ holds: the last, or the best by `best` (losses: the lowest)."""
-    trained = {step: event for step, event in evaluations.items() if step > 0}
-    if not trained:
-        return -1
-    name = (best or "").removeprefix("eval.")
-    scored = {step: event[name] for step, event in trained.items() if event.get(name) is not None}
-    if best is None or not scored:
-        return max(trained)
-    sign = 1 if name in ("loss", "perplexity") else -1
-    return min(scored, key=lambda step: (sign * scored[step], step))
+def saved_step(events: list[dict[str, Any]], metric: str | None, serving: dict[str, Any] | None) -> int:
+    """The step whose weights final/ holds: as was recorded with it, else the best by `metric`, else the last; -1 where
+    none was evaluated."""
+    recorded = (serving or {}).get("step")
+    if recorded is not None:
+        return int(recorded)
+    best = best_step(scores_of(events, metric), metric) if metric else None
+    evaluated = [int(event["step"]) for event in events if event["event"] == "eval" and event["step"] > 0]
+    return best if best is not None else max(evaluated, default=-1)

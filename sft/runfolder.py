@@ -60,6 +60,15 @@ class RunFolder:
             {"state": state, "code": code, "reason": _brief(mask_secrets(reason)), "step": step, "pid": os.getpid()},
         )
 
+    def may_be_written(self) -> bool:
+        """Whether this is a run's folder, or one that holds nothing yet: its first file is the status."""
+        if self.status.exists() or not self.path.exists():
+            return True
+        begun = any(self.checkpoints.glob("step-*")) or is_record(self.environment)
+        return begun or not any(
+            path != self.checkpoints and not path.name.startswith(".") for path in self.path.iterdir()
+        )
+
     def read_status(self) -> dict[str, Any]:
         """The status, or {} for a folder that never ran, or whose status was damaged: the checkpoints decide then."""
         try:
@@ -81,6 +90,15 @@ class RunFolder:
             number += 1
         real.rename(aside)
         return aside
+
+
+def is_record(environment: Path) -> bool:
+    """Whether environment.json is one that a run wrote."""
+    try:
+        record = read_json(environment)
+    except (ResumeError, OSError):
+        return False
+    return isinstance(record, dict) and {"versions", "resolved"} <= record.keys()
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,22 @@ class RunLock:
         """Give the lock back, if it is still ours. Twice is harmless."""
         if self._descriptor is None:
             return
-        with suppress(OSError), self._guard():
+        with suppress(OSError), self._guard():  # OSError: the folder was moved
             if _read_owner(self._path).get("nonce") == self._nonce:
                 self._path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
+
+    def while_held(self, move: Callable[[], Path | None]) -> Path | None:
+        """Runs `move`, which renames the run folder, while nobody else can own it. Ends without the lock."""
+        self.acquire()
+        try:
+            moved = move()
+            if moved is not None:
+                (moved / self._path.name).unlink(missing_ok=True)
+            return moved
+        finally:
+            self.release()
 
     def _create(self) -> None:
         self._nonce = os.urandom(8).hex()
@@ -137,6 +148,13 @@ class RunLock:
             os.close(descriptor)
 
 
+def forget_other_host(run_dir: Path) -> None:
+    """Removes the lock of an owner on another host. Only for who knows by other means that it is gone."""
+    path = run_dir / ".lock"
+    if _read_owner(path).get("host", socket.gethostname()) != socket.gethostname():
+        path.unlink(missing_ok=True)
+
+
 def _try_flock(descriptor: int) -> bool:
     """True when we hold it, or when this file system knows no flock: then the owner's pid alone must tell."""
     try:
@@ -162,25 +180,25 @@ def _myself() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "start_time": _start_time(os.getpid()),
+        "start_time": start_time(os.getpid()),
         "boot": _read_text(Path("/proc/sys/kernel/random/boot_id")),
         "pid_namespace": _pid_namespace(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def _is_alive(pid: int, start_time: int | None) -> bool:
-    """Whether the process that began at `start_time` still runs; when the system won't say, it does."""
+def _is_alive(pid: int, began: int | None) -> bool:
+    """Whether the process whose `start_time` was `began` still runs; when the system won't say, it does."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass  # there is one, of another user
-    return start_time is None or _start_time(pid) in (None, start_time)
+    return began is None or start_time(pid) in (None, began)
 
 
-def _start_time(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """Clock ticks from boot to a process's start: with the pid, its identity. None where /proc does not tell, and -1
     for remains that nobody has collected yet."""
     try:

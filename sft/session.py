@@ -6,7 +6,6 @@ The loop itself is in `sft.train`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,14 @@ import torch
 from sft import setup
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
+from sft.choice import best_step, scores_of, stops_early
 from sft.config import Config
 from sft.data.collate import to_device
 from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
 from sft.generate import answer_samples
+from sft.model import resolve_precision
 from sft.opening import Opening, cut_metrics, on_first_rank
 from sft.optim import load_state_by_name, state_by_name, whole
 from sft.resume import RunState
@@ -92,7 +93,10 @@ class Session:
         job = self.job
         if not samples or not (job.is_first or job.is_sharded):
             return []
-        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast):
+        with (
+            torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast),
+            torch.compiler.set_stance("force_eager"),  # its shapes would use up what compiled layers may recompile
+        ):
             return answer_samples(
                 job.trainee.model,
                 self.bundle.tokenizer,
@@ -103,43 +107,33 @@ class Session:
 
     def scores(self, metric: str) -> dict[int, float]:
         """{step: value} of an evaluation metric so far, on every rank. Progress is read, never remembered."""
-        name = metric.removeprefix("eval.")
-        if not self.job.is_first:
-            return _as_scores(from_first_rank(None))
-        found = {e["step"]: e.get(name) for e in self.metrics.read() if e["event"] == "eval"}
-        return _as_scores(from_first_rank([[s, v] for s, v in found.items() if v is not None]))
+        found = scores_of(self.metrics.read(), metric) if self.job.is_first else {}
+        return dict(from_first_rank(list(found.items())))
 
     def best_step(self) -> int | None:
-        """The step with the best `save.best` so far; step 0, which has no checkpoint, does not count."""
-        if self.config.save.best is None:
+        """The step with the best `save.best` of those whose weights are there: checkpoints, and the current step."""
+        metric = self.config.save.best
+        if metric is None:
             return None
-        sign = direction(self.config.save.best)
-        trained = {step: value for step, value in self.scores(self.config.save.best).items() if step > 0}
-        return min(trained, key=lambda step: (sign * trained[step], step)) if trained else None
+        return best_step(self.scores(metric), metric, from_first_rank([*self.store.steps(), self.state.step]))
 
     def should_stop_early(self) -> bool:
         early = self.config.train.early_stopping
-        if early is None:
-            return False
-        sign = direction(early.metric)
-        best, since = math.inf, 0
-        for _, value in sorted(self.scores(early.metric).items()):
-            if sign * value < best - early.min_delta:
-                best, since = sign * value, 0
-            else:
-                since += 1
-        return since >= early.patience
+        return early is not None and stops_early(self.scores(early.metric), early)
 
     # Saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, *, is_last: bool = False) -> None:
+    def save(self, *, best: int | None, is_last: bool = False) -> None:
         """Publishes a checkpoint of `state.step`. Ranks wait for the copy to the host, not for the disk.
 
-        After the last step nothing moves a weight, so they are written from where they are, without a copy.
+        `best`: the step whose checkpoint stays from then on, whatever its age. After the last step nothing moves a
+        weight, so they are written from where they are, without a copy.
         """
         job = self.job
         weights = self.trained_weights(copy=not is_last)
-        optimizer = state_by_name(job.optimizer, job.names, copy=not is_last)
+        if not (job.is_first or job.is_sharded):
+            return
+        optimizer = state_by_name(job.optimizer, job.names, copy=not is_last, keep=job.is_first)
         if not job.is_first:
             return
         state = replace(self.state, resolved=job.resolved)
@@ -150,16 +144,25 @@ class Session:
             write_tensors(folder / "optimizer.safetensors", optimizer)
             write_json(folder / "state.json", state.as_dict())
 
-        self.store.save(state.step, write)
+        self.store.save(state.step, write, protect=best)
 
     def trained_weights(self, *, copy: bool = True) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps, whole, on the host: all weights, or the adapter's. A collective if sharded."""
-        trainee = self.job.trainee
+        """What a checkpoint keeps, whole, on the host: all weights, or the adapter's. A collective if sharded.
+
+        Only rank 0, which writes them, is given them.
+        """
+        job, trainee = self.job, self.job.trainee
+        if not (job.is_first or job.is_sharded):
+            return {}
+
+        def taken(tensor: torch.Tensor) -> torch.Tensor:
+            return whole(tensor, copy=copy, keep=job.is_first)
+
         if self.config.model.tuning == "full":
-            return _each_once(trainee.causal.state_dict(keep_vars=True), lambda tensor: whole(tensor, copy=copy))
-        trained = {id(p) for p in trainee.parameters() if p.requires_grad}
+            return _each_once(trainee.causal.state_dict(keep_vars=True), taken)
+        # by what the state holds: after an evaluation, parameters of FSDP are not the tensors of its state
         state = trainee.model.state_dict(keep_vars=True)
-        return {name: whole(tensor, copy=copy) for name, tensor in state.items() if id(tensor) in trained}
+        return {name: taken(tensor) for name, tensor in state.items() if tensor.requires_grad}
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
         """A folder that `from_pretrained` or PEFT loads: weights, tokenizer with its template, generation settings."""
@@ -192,11 +195,6 @@ class Session:
         return settings
 
 
-def direction(metric: str) -> int:
-    """1 where lower is better (losses), -1 where higher is."""
-    return 1 if metric.rpartition(".")[2] in ("loss", "perplexity") else -1
-
-
 def open_session(
     loaded: LoadedConfig,
     folder: RunFolder,
@@ -214,7 +212,13 @@ def open_session(
     device = accelerator.device
     recorded = state.resolved
     _set_threads(config, recorded, accelerator.num_processes)
-    trainee, facts = setup.build_trainee(config, bundle, device=device, checkpoint=opening.checkpoint, say=say)
+    precision = resolve_precision(config.model.precision, device)
+    if config.model.precision == "auto" and recorded.get("precision", precision) != precision:
+        say(f"note: precision stays {recorded['precision']}, as this run began; auto would choose {precision} here")
+        precision = recorded["precision"]
+    trainee, facts = setup.build_trainee(
+        config, bundle, precision=precision, device=device, checkpoint=opening.checkpoint, say=say
+    )
     trainee.train()  # before any forward pass: in evaluation mode, 4-bit layers repack their weights on some CPUs
     proof: dict[str, Any] = {key: recorded[key] for key in ("flat_rows", "head_path") if key in recorded}
     if not proof or config.model.attention not in ("auto", "flat"):
@@ -256,6 +260,7 @@ def open_session(
     job.resolved = {
         **{key: recorded.get(key, value) if opening.checkpoint else value for key, value in facts.items()},
         **proof,
+        "precision": precision,
         "gradient_checkpointing": checkpointing,
         "micro_tokens": job.micro_tokens,
         "lr": peak,
@@ -363,10 +368,6 @@ def _each_once(
         if id(tensor) not in changed:
             changed[id(tensor)] = change(tensor)
     return {name: changed[id(tensor)] for name, tensor in tensors.items()}
-
-
-def _as_scores(pairs: Any) -> dict[int, float]:
-    return {int(step): float(value) for step, value in pairs or []}
 
 
 def _short(value: float | int | None) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from sft import attention, optim
 from sft.adapterparts import refuse_untrained_tokens, token_modules
 from sft.config import Config
-from sft.data.collate import flat, idle, to_device
+from sft.data.collate import flat, idle, padded, to_device
 from sft.distributed import gather
 from sft.errors import ConfigError, DeviceError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
@@ -26,6 +26,7 @@ from sft.hush import hush_libraries
 from sft.isolation import compare, head_is_exact
 from sft.memory import CPU_MICRO_TOKENS
 from sft.model import (
+    Precision,
     add_adapter,
     cold_reason,
     count_parameters,
@@ -33,18 +34,20 @@ from sft.model import (
     fit_vocabulary,
     grow_vocabulary,
     load_base,
-    resolve_precision,
 )
 from sft.schedule import Plan
 from sft.trainee import Trainee, loss_sum
+from sft.watchdog import STALL_SECONDS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sft.tokenizer import TokenizerBundle
 
-GROUP_TIMEOUT = timedelta(minutes=30)
+# Longer than any phase that the watchdog lets rank 0 take alone: it judges, and names the phase.
+GROUP_TIMEOUT = timedelta(seconds=6 * STALL_SECONDS)
 AUTO_SHARE = 0.85  # of the free memory: steps differ, and so do their gaps
+SHARDED_SHARE = 0.7  # where memory runs out on one rank alone, the others wait for it inside a collective
 
 
 @dataclass
@@ -98,8 +101,8 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
     return Accelerator(
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
         cpu=not torch.accelerator.is_available(),
-        # Autocast is the trainee's; only FSDP needs to know, because it casts what it gathers.
-        mixed_precision="bf16" if is_sharded_launch() and precision == "mixed" else "no",
+        mixed_precision="no",  # autocast is the trainee's
+        fsdp_plugin=sharding(config, precision) if is_sharded_launch() else None,
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
@@ -108,6 +111,28 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
         ],
         log_with=list(config.log.trackers) or None,
         project_dir=str(run_dir),
+    )
+
+
+def sharding(config: Config, precision: str) -> Any:
+    """FSDP2 as the launcher's config file says, but for its precision: gathered weights in bf16, gradients summed in
+    float32, losses left as they are. accelerate's own setting would round all three. Raises DeviceError."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise DeviceError(
+            "FSDP is asked for in its first version. Set fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
+        )
+    if config.optim.type != "adamw":
+        raise ConfigError(f"optim.type: {config.optim.type} cannot be sharded by FSDP. Write optim.type: adamw.")
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "mixed" else None,
+            reduce_dtype=torch.float32,
+            output_dtype=None,
+            cast_forward_inputs=False,
+        )
     )
 
 
@@ -140,15 +165,18 @@ def build_trainee(
     config: Config,
     bundle: TokenizerBundle,
     *,
+    precision: Precision,
     device: torch.device,
     checkpoint: Path | None,
     say: Callable[[str], None],
 ) -> tuple[Trainee, dict[str, Any]]:
-    """The model to train, from its base or from a checkpoint's model/, and facts about it for the record."""
+    """The model to train, from its base or from a checkpoint's model/, and facts about it for the record.
+
+    `precision`: bf16, mixed or fp32.
+    """
     attention.register()
     if is_sharded_launch():
         device = torch.device("cpu")  # a model that needs sharding need not fit on one device
-    precision = resolve_precision(config.model.precision, device)
     kinds = dtypes(precision)
     tuning = config.model.tuning
     model = load_base(
@@ -186,7 +214,7 @@ def build_trainee(
         neftune_alpha=config.train.neftune_alpha,
     )
     trained, every = count_parameters(trainee)
-    facts = {"precision": precision, "trained_parameters": trained, "parameters": every, **rows}
+    facts = {"trained_parameters": trained, "parameters": every, **rows}
     return trainee, facts
 
 
@@ -318,7 +346,8 @@ def warm_up(job: Job) -> None:
     """
     if job.world == 1 or job.is_sharded:
         return
-    batch = to_device(flat([idle()]), job.device)
+    example = [idle()]
+    batch = to_device(flat(example) if job.flat_rows else padded(example, job.pad_id), job.device)
     loss = loss_sum(job.module, job.trainee, batch)
     job.accelerator.backward(loss)
     job.optimizer.zero_grad(set_to_none=True)
@@ -344,7 +373,7 @@ def choose_micro_tokens(job: Job, config: Config, longest: int, step_tokens: int
 
     ceiling = max(longest, step_tokens)
     if job.is_sharded:
-        fit = largest(together, floor=longest, ceiling=ceiling, share=AUTO_SHARE, seconds=math.inf)
+        fit = largest(together, floor=longest, ceiling=ceiling, share=SHARDED_SHARE, seconds=math.inf)
     else:
         fit = largest(attempt, floor=longest, ceiling=ceiling, share=AUTO_SHARE)
     release(job.device)

@@ -96,9 +96,10 @@ def _advice(session: Session, fit: Fit | None, longest: int) -> list[str]:
 
 def _switches(job: Job, config: Config) -> list[tuple[bool, str]]:
     tuning, is_cuda = config.model.tuning, job.device.type == "cuda"
+    shrinks = config.optim.type == "adamw" and tuning == "full" and is_cuda and not job.is_sharded
     return [
         (not job.resolved.get("gradient_checkpointing", False), "model.gradient_checkpointing=true"),
-        (config.optim.type == "adamw" and tuning == "full" and is_cuda, "optim.type=adamw_8bit with --fresh"),
+        (shrinks, "optim.type=adamw_8bit with --fresh"),
         (tuning == "full", "model.tuning=lora in a new run"),
         (tuning != "qlora", "model.tuning=qlora in a new run"),
         (not job.is_sharded and is_cuda, "more GPUs with FSDP (configs/accelerate/fsdp2.yaml)"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.runlock import start_time
 from sft.sweepfile import LoadedSweep
 
 # Another launcher, more workers, a longer list of trials change nothing that was measured.
@@ -88,7 +89,13 @@ def is_alive(pid: int, start: float | None) -> bool:
 
 
 def _start_time(pid: int) -> float | None:
-    """When a process started; None when it is gone."""
+    """When a process started; None when it is gone.
+
+    In clock ticks since boot where the system tells them: other clocks may be set while the process runs.
+    """
+    if Path("/proc/self/stat").exists():
+        ticks = start_time(pid)
+        return None if ticks is None or ticks < 0 else float(ticks)
     import psutil
 
     try:

@@ -17,6 +17,7 @@ from sft.configfile import dump_config
 from sft.durable import write_text
 from sft.errors import ConfigError, SftError
 from sft.runfolder import RunFolder
+from sft.runlock import forget_other_host
 from sft.sweepfile import LoadedSweep
 from sft.trial import (
     Curve,
@@ -199,6 +200,10 @@ class TrialRun:
                 self.index += 1
                 self._start()
                 return
+        if self.claim.adopted:
+            forget_other_host(
+                repeat.run_dir
+            )  # the lease has run out: that machine's keeper has ended it, or it is gone
         config = self.loaded.config_for(self.claim.values, repeat.run_dir, repeat.seed)
         repeat.config_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(repeat.config_file, dump_config(config))

@@ -17,11 +17,12 @@ import torch
 from sft import setup
 from sft.advice import advice_on_steps, beyond_context
 from sft.batches import Join, StepData, StepFeed
+from sft.choice import best_step
 from sft.console import Console, speak
 from sft.data.collate import to_device
 from sft.distributed import leave, sum_over_ranks, wait_for_all
 from sft.durable import check_nameable
-from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Stopped
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, SftError, Stopped
 from sft.finish import finish
 from sft.launch import become_launcher_where_needed
 from sft.meeting import Meeting
@@ -47,14 +48,12 @@ from sft.shortage import loading_explained
 from sft.signals import StopRequest
 from sft.trackers import Trackers
 from sft.trainee import loss_sum
-from sft.trouble import decide_on_nonfinite, failures_noted, note_failure, note_stop_in_preparing, trouble_explained
+from sft.trouble import decide_on_nonfinite, failures_noted, note_before_start, note_failure, trouble_explained
 from sft.versions import versions
-from sft.watchdog import Watchdog
+from sft.watchdog import STALL_SECONDS, Watchdog
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
-
-STALL_SECONDS = float(os.environ.get("SFT_STALL_SECONDS", "1800"))
 
 
 def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> int:
@@ -65,8 +64,8 @@ def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[s
     with StopRequest() as stop:
         try:
             return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
-        except Stopped as stopped:
-            note_stop_in_preparing(folder, str(stopped))
+        except (Stopped, SftError) as error:
+            note_before_start(folder, error)
             raise
 
 
@@ -157,7 +156,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
         session.data.train, plan, seed=config.run.seed, rank=job.rank, world=job.world,
         micro_tokens=job.micro_tokens, join=Join(job.flat_rows, job.pad_id),
     )  # fmt: skip
-    early = session.should_stop_early()
+    early, best = session.should_stop_early(), session.best_step()
     for data in feed.steps(session.state.step + 1) if not early else ():
         # -- one step -------------------------------------------------------------------------------------------------
         watchdog.beat(f"step {data.step}")
@@ -177,15 +176,15 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
             watchdog.beat(f"evaluating at step {data.step}")
             stopping = not _evaluate(session, trackers, stop)
             best = session.best_step()
-            session.store.protect(best)
             saved = saved or stopping or best == data.step
             early = session.should_stop_early()
         if saved or early:
             watchdog.beat(f"saving at step {data.step}")
-            session.save(is_last=stopping or early or data.step == total)
+            session.save(best=best, is_last=stopping or early or data.step == total)
         session.store.poll()
         if stopping or early:
             break
+    watchdog.beat("writing the last checkpoint", timeout_s=4 * STALL_SECONDS)
     session.store.wait()
     if stopping:
         return _stopped(session, stop)
@@ -221,7 +220,8 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
     for micro, batch in enumerate(data.batches):
         is_last = micro == len(data.batches) - 1
         torch.manual_seed(_seed(config.run.seed, data.step, micro, job.rank))
-        with nullcontext() if is_last else job.accelerator.no_sync(job.module):
+        # Unsynchronised gradients of a sharded model would be whole ones, on each device.
+        with nullcontext() if is_last or job.is_sharded else job.accelerator.no_sync(job.module):
             loss = loss_sum(job.module, job.trainee, to_device(batch, job.device))
             # DDP and FSDP average gradients over ranks; times the number of ranks that is the sum.
             job.accelerator.backward(loss * (job.world / max(data.weight, 1e-12)))
@@ -314,7 +314,11 @@ def _catch_up(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
     due = data_has_eval(session) and is_due(step, session.config.eval.every, session.job.plan.total_steps)
     if due and step not in session.scores("eval.loss") and not _evaluate(session, trackers, stop):
         return False
-    session.store.protect(session.best_step())
+    best, metric = session.best_step(), session.config.save.best
+    session.store.protect(best)
+    if metric is not None and best != (lost := best_step(session.scores(metric), metric)):
+        kept = f"the best of those that have one is step {best}" if best else "none of the others has one either"
+        session.say(f"WARNING: by {metric} step {lost} was the best so far, but it has no checkpoint; {kept}")
     return True
 
 

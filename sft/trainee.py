@@ -77,7 +77,7 @@ class Trainee(nn.Module):
                 hidden_MD = hidden_MD.to(self.compute_dtype)
             if score is not None:
                 return score(hidden_MD, lambda h: self.transform(head(h)))
-            if type(head) is nn.Linear and getattr(head, "bias", None) is None and self.transform == LogitTransform():
+            if _is_plain(head) and self.transform == LogitTransform():
                 return linear_loss_sum(hidden_MD, head.weight, targets_M, weights_M)
             vocabulary = self.causal.config.get_text_config().vocab_size
             return head_loss_sum(hidden_MD, lambda h: self.transform(head(h)), vocabulary, targets_M, weights_M)
@@ -126,6 +126,13 @@ class Trainee(nn.Module):
             yield
         finally:
             self._noise_lengths = None
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether the head is one product with `head.weight`: a linear layer, or PEFT's wrapper of one that trains some of
+    its rows, whose `weight` is then made of both, once."""
+    inner = head.original_module if hasattr(head, "token_adapter") else head
+    return type(inner) is nn.Linear and inner.bias is None
 
 
 def loss_sum(

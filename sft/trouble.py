@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sft.distributed import LostContact, gather
-from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError
+from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 from sft.shortage import shortage_explained
@@ -59,15 +59,27 @@ def note_failure(folder: RunFolder, code: int, reason: str) -> None:
         folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]))
 
 
-def note_stop_in_preparing(folder: RunFolder, reason: str) -> None:
-    """Unless another process trains in this folder right now, its status says that this one was stopped."""
-    if os.environ.get("RANK", "0") != "0" or folder.read_status().get("state") == "done":
+def note_before_start(folder: RunFolder, error: SftError | Stopped) -> None:
+    """Writes what kept a process from training, for launchers turn every exit code into 1.
+
+    A complete run stays complete. Nothing is written where another process trains, where this one has written its
+    status already, and between a user's files.
+    """
+    status = folder.read_status()
+    if os.environ.get("RANK", "0") != "0" or status.get("state") == "done" or not folder.may_be_written():
         return
+    stopped = isinstance(error, Stopped)
+    if not stopped and (status.get("state"), status.get("pid")) == ("failed", os.getpid()):
+        return
+    # Where there is no checkpoint, the run begins again at step 0, whatever a killed process has logged.
+    step = int(status.get("step") or 0) if any(folder.checkpoints.glob("step-*")) else 0
     try:
         with RunLock(folder.path):
-            step = int(folder.read_status().get("step") or 0)
-            folder.write_status("stopped", code=EXIT_STOPPED, reason=reason, step=step)
-    except SftError:
+            folder.write_status(
+                "stopped" if stopped else "failed", code=EXIT_STOPPED if stopped else EXIT_USER, reason=str(error),
+                step=step,
+            )  # fmt: skip
+    except (SftError, OSError):
         return  # the folder is another run's, or cannot be written: the exit code says it all
 
 

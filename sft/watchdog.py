@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from sft.errors import EXIT_FAILED
 
+STALL_SECONDS = float(os.environ.get("SFT_STALL_SECONDS", "1800"))
 # A rank that waits for others gets longer, so that the rank that stalls is the one that speaks and ends first.
 PATIENCE_WHILE_WAITING = 1.5
 _MARGIN_SECONDS = 5.0

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from sft import attention
+from sft.config import Config, Lora
 from sft.data.collate import flat
-from sft.model import load_base
+from sft.model import add_adapter, dtypes, load_base
 from sft.optim import build, load_state_by_name, state_by_name, whole
+from sft.setup import follow_inputs, sharding
 from sft.trainee import Trainee, loss_sum
 from sft.types import Example
 
@@ -50,6 +52,34 @@ def step(made: Trainee, optimizer: torch.optim.Optimizer, members: list[Example]
     optimizer.zero_grad()
 
 
+def mixed(model: Path, tuning: str, members: list[Example]) -> None:
+    """Under the policy that the trainer gives to FSDP: bf16 products, float32 losses and gradients, twice in a row."""
+    config = Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}})
+    policy = sharding(config, "mixed").mixed_precision_policy
+    kinds = dtypes("mixed")
+    base: Any = load_base(
+        str(model), dtype=kinds.trained if tuning == "full" else kinds.frozen, attention=attention.FLAT
+    )
+    if tuning == "lora":
+        base = add_adapter(base, Lora(rank=4), seed=0)
+        follow_inputs(base)
+    made = Trainee(base, compute_dtype=kinds.compute, autocast=True).train()
+    for layer in made.backbone.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(made, mp_policy=policy)
+    for _ in range(2):
+        loss = loss_sum(made, made, flat(members))
+        assert loss.dtype == torch.float32
+        assert float(loss.detach()) != float(loss.detach().bfloat16()), "the sum was rounded"
+        loss.backward()
+    with torch.no_grad():  # as an evaluation does: the root stays gathered
+        loss_sum(made, made, flat(members))
+    trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    assert {p.grad.dtype for p in trained.values() if p.grad is not None} == {torch.float32}
+    state = made.state_dict(keep_vars=True)
+    assert {name for name, tensor in state.items() if tensor.requires_grad} >= set(trained)
+
+
 def main(model: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -79,6 +109,9 @@ def main(model: Path) -> None:
     for (parameter, name), other in zip(names.items(), again_names, strict=True):
         assert torch.equal(whole(parameter), whole(other)), name
     print(f"rank {rank}: sharded state is exact", flush=True)
+    for tuning in ("full", "lora"):
+        mixed(model, tuning, examples()[rank::world])
+    print(f"rank {rank}: mixed precision keeps float32 sums", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group, and abort an orderly exit

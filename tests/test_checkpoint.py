@@ -39,9 +39,8 @@ def write_state(step: int) -> Callable[[Path], None]:
 
 def save(root: Path, *steps: int, keep: int = 2, best: int | None = None) -> None:
     store = CheckpointStore(root, keep)
-    store.protect(best)
     for step in steps:
-        store.save(step, write_state(step))
+        store.save(step, write_state(step), protect=best)
     store.wait()
 
 
@@ -96,10 +95,31 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_rotation_removes_a_former_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
-        store.protect(best)
-        store.save(step, write_state(step))
+        store.save(step, write_state(step), protect=best)
     store.wait()
     assert steps(tmp_path) == [4, 3]
+
+
+def test_the_former_best_stays_until_the_new_one_is_published(tmp_path: Path) -> None:
+    """Step 3 is still being written when step 4 turns out to be the best: a kill before 4 is whole leaves step 1."""
+    proceed, seen = threading.Event(), []
+
+    def slow(folder: Path) -> None:
+        assert proceed.wait(10)
+        write_state(3)(folder)
+
+    def look(folder: Path) -> None:
+        seen.extend(steps(tmp_path))
+        write_state(4)(folder)
+
+    save(tmp_path, 1, 2, keep=1, best=1)
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(3, slow, protect=1)
+    threading.Timer(0.2, proceed.set).start()
+    store.save(4, look, protect=4)
+    store.wait()
+    assert seen == [3, 1], "while step 4 was written"
+    assert steps(tmp_path) == [4]
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
@@ -191,6 +211,7 @@ def test_saving_does_not_hold_up_the_caller(tmp_path: Path) -> None:
     store.save(1, slow)
     store.poll()  # returns although the save is under way
     assert steps(tmp_path) == []
+    assert store.steps() == [1], "what is being written may be the best"
     release.set()
     store.wait()
     assert steps(tmp_path) == [1]

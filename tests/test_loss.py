@@ -35,7 +35,7 @@ def by_head(hidden: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> 
 @pytest.mark.parametrize("function", [linear_loss_sum, by_head])
 @pytest.mark.parametrize("rows", [1, 8, 37, 100])
 def test_value_and_gradients_equal_the_full_matrix(function: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "chunk_rows", lambda vocabulary: rows)
+    monkeypatch.setattr(losses, "chunk_rows", lambda vocabulary, device: rows)
     hidden, weight, targets, weights = tensors()
     expected = oracle(hidden, weight, targets, weights)
     expected_grads = torch.autograd.grad(expected / 7, (hidden, weight))
@@ -52,6 +52,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     linear_loss_sum(hidden, weight, targets, weights).backward()
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("function", [linear_loss_sum, by_head])
+def test_without_a_target_the_head_still_takes_part(function: Loss) -> None:
+    """DDP waits for a gradient of every trained weight on every rank, idle ones too."""
+    hidden, weight, targets, weights = tensors()
+    function(hidden[:0], weight, targets[:0], weights[:0]).backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 @pytest.mark.parametrize("function", [linear_loss_sum, by_head])

