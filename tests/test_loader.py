@@ -307,8 +307,40 @@ def test_samples_are_prompts_as_serving_would_build_them(here: Path, bundle: Tok
     assert {sample["source"] for sample in prepared.eval.samples} == held
 
 
-def test_samples_of_passages(here: Path, bundle: TokenizerBundle) -> None:
-    prepared = run(bundle, write_rows("a.jsonl", [{"prompt": "one two ", "completion": "three"}] * 2), eval=0)
+@pytest.mark.parametrize("policy", ["auto", "all"])
+def test_samples_begin_where_the_whole_answer_does(here: Path, policy: str) -> None:
+    """Whatever of it is trained: a template's markers leave its first word out here, and `all` trains the prompt."""
+    marking = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% set words = m['content'].split(' ') %}{{ words[0] + ' ' }}{% generation %}{{ words[1] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    bundle = load_tokenizer(str(make_tokenizer(Path("marking"), marking)))
+    rows = [chat("Hello", "Yes No", f"Hello {number(i)}", "No Yes") for i in range(3)]
+    prepared = run(bundle, write_rows("a.jsonl", rows), eval=0, train_on=policy)
+    example = prepared.train.example(0)
+    trained = bundle.tokenizer.decode(example.input_ids_T[example.weights_T > 0])
+    assert trained == "No<|im_end|>Yes<|im_end|>" if policy == "auto" else trained.startswith("<|im_start|>user")
+    assert len(prepared.train.samples) == 3
+    for sample in prepared.train.samples:
+        row = rows[int(sample["source"].rpartition(":")[2]) - 1]["messages"]
+        served = bundle.tokenizer.apply_chat_template(row[:3], add_generation_prompt=True, return_dict=False)
+        assert (sample["prompt_ids"], sample["reference"]) == (served, "No Yes")
+
+
+def test_a_history_that_a_prompt_renders_otherwise_makes_no_sample_of_a_row_that_is_trained_whole(here: Path) -> None:
+    """`all` trains the text as it stands."""
+    loud = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ 'Oh ' if add_generation_prompt }}{{ m.content }}" \
+           "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+    bundle = load_tokenizer(str(make_tokenizer(Path("loud"), loud)))
+    assert run(bundle, write_rows("a.jsonl", rows_of(3)), eval=0, train_on="all").train.samples == []
+
+
+@pytest.mark.parametrize("policy", ["auto", "all"])
+def test_samples_of_passages(here: Path, bundle: TokenizerBundle, policy: str) -> None:
+    rows = [{"prompt": "one two ", "completion": "three"}] * 2
+    prepared = run(bundle, write_rows("a.jsonl", rows), eval=0, train_on=policy)
     (sample, *_) = prepared.train.samples
     assert (sample["prompt"], sample["reference"], sample["messages"]) == ("one two ", "three", [])
     assert bundle.tokenizer.decode(sample["prompt_ids"]) == "one two "

@@ -184,7 +184,7 @@ def _build(
             report["stop_tokens"] = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
             report["template"] = bundle.template_name
             report["content_in_parts"] = bundle.chat is not None and bundle.chat.parts
-            writer.finish(report, pick_samples(writer, ledger, picks))
+            writer.finish(report, pick_samples(writer, ledger, picks, Encoder(bundle, settings)))
         finally:
             writer.close()
             ledger.close()

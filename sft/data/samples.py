@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.ledger import Ledger
+from sft.data.passage import passage_ids
 from sft.data.pipeline import RowBatch, to_sample
+from sft.data.proof import Refusal
 from sft.data.store import StoreWriter
 from sft.types import Conversation, Note, Passage, Sample
+
+if TYPE_CHECKING:
+    from sft.data.encode import Encoder
 
 SAMPLES = 16
 CANDIDATES = 64
@@ -61,7 +66,9 @@ def _alone_in(batch: RowBatch, row: int) -> RowBatch:
     return dataclasses.replace(batch, rows=[batch.rows[row]])
 
 
-def pick_samples(writer: StoreWriter, ledger: Ledger, picks: Picks) -> dict[str, list[dict[str, Any]]]:
+def pick_samples(
+    writer: StoreWriter, ledger: Ledger, picks: Picks, encoder: Encoder
+) -> dict[str, list[dict[str, Any]]]:
     """Up to SAMPLES of each side that were not cut."""
     cut = ledger.conversations_noted("cut")
     made: dict[str, list[dict[str, Any]]] = {}
@@ -73,30 +80,33 @@ def pick_samples(writer: StoreWriter, ledger: Ledger, picks: Picks) -> dict[str,
         wanted_C[writer.read(side)] = True
         wanted_C[cut] = False
         for conversation, sample in picks.samples(wanted_C):
+            if len(made[side]) == SAMPLES:
+                break
             last = int(example_starts[conversation + 1]) - 1
             tokens = slice(int(token_starts[last]), int(token_starts[last + 1]))
-            record = sample_record(sample, writer.read("ids")[tokens], writer.read("weights")[tokens])
-            if record and len(made[side]) < SAMPLES:
+            if record := sample_record(sample, writer.read("ids")[tokens], encoder):
                 made[side].append(record)
     return made
 
 
-def sample_record(sample: Sample, ids_T: Any, weights_T: Any) -> dict[str, Any] | None:
-    """The prompt of the last trained answer, as ids and as messages, and the answer. None without a prompt."""
-    trained = np.flatnonzero(weights_T)
-    if not len(trained):
+def sample_record(sample: Sample, ids_T: NDArray[np.int32], encoder: Encoder) -> dict[str, Any] | None:
+    """The prompt of the last answer, if that is trained, as ids and as messages, and the answer. None without a prompt.
+
+    `ids_T`: the row's last example, which begins with that prompt; if it does not, as under `train_on: all` where a
+    template renders history otherwise within a prompt, the row is no sample.
+    """
+    last = _last_trained(sample) if isinstance(sample, Conversation) else 0
+    if last is None:
         return None
-    gaps = np.flatnonzero(np.diff(trained) > 1)
-    start = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
-    prompt_ids = [int(token) for token in ids_T[:start]]
-    if not prompt_ids:
+    try:
+        prompt_ids = served_prompt(sample, last, encoder)
+    except Refusal:  # `all` trains answers, too, that serving could not ask for
+        return None
+    if not prompt_ids or ids_T[: len(prompt_ids)].tolist() != prompt_ids:
         return None
     if isinstance(sample, Passage):
         texts = {"prompt": sample.prompt, "reference": sample.completion}
         return {"source": sample.source, "messages": [], "tools": [], "prompt_ids": prompt_ids, **texts}
-    last = _last_trained(sample)
-    if last is None:
-        return None
     return {
         "source": sample.source,
         "messages": [message.as_dict() for message in sample.messages[:last]],
@@ -104,6 +114,21 @@ def sample_record(sample: Sample, ids_T: Any, weights_T: Any) -> dict[str, Any] 
         "prompt_ids": prompt_ids,
         "reference": sample.messages[last].content,
     }
+
+
+def served_prompt(sample: Sample, last: int, encoder: Encoder) -> list[int]:
+    """Ids of what serving asks: before message `last` of a conversation, before a passage's completion. Raises Refusal.
+
+    Not read off the weights, which may leave out the beginning of an answer, or nothing at all.
+    """
+    if isinstance(sample, Passage):
+        mode, end = encoder.settings.control_tokens_in_text, encoder.bundle.end_of_text
+        assert end is not None
+        found = passage_ids(sample, encoder.tokenizer, encoder.control, mode=mode, policy="auto", end_of_text=end)
+        return list(found.ids[: found.start])
+    work = encoder.open(sample)
+    (turn,) = encoder.renderer.turns(work.messages, work.tools, (last,), work.rendered)
+    return encoder.ids(turn.prompt)
 
 
 def _last_trained(conversation: Conversation) -> int | None:
