@@ -4,8 +4,9 @@ What is decided here, in one place:
 - `tokenizer.chat_template` is the template in use, so that it is saved with the model. A template that reads the clock
   is rendered with the date pinned (`bundle.chat`), and saved as it was.
 - Stop tokens are found by rendering a small conversation and looking at what follows the answer.
-- `eos_token` stays what the model's own tokenizer says, except where a foreign template (built in, or a file) ends its
-  turns otherwise and does not read `eos_token` itself; `end_of_text` keeps the original one for rows without template.
+- `eos_token` stays what the model's own tokenizer says, except where the template ends its turns otherwise, does not
+  read `eos_token` itself, and either is a foreign one (built in, or a file) or ends them with a token at which the
+  model's settings do not stop; `end_of_text` keeps the original one for rows without template.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def load_tokenizer(
             notes.append(f"added to the tokenizer, since the template needs them: {' '.join(added)}")
         stop, closes, tail = find_stop(tokenizer, chat, serving_stops(folder_or_id, revision, tokenizer), notes)
     others = serving_stops(folder_or_id, revision, tokenizer)
-    if template != "model" and closes and "eos_token" not in chat.text and tokenizer.eos_token_id != stop:
+    reads_end = "eos_token" in chat.text + chat.with_tools
+    if closes and not reads_end and tokenizer.eos_token_id != stop and (template != "model" or stop not in others):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
         notes.append(f"the tokenizer's eos_token is now {tokenizer.eos_token}, the template's end of turn")
         chat = replace(chat, variables={**tokenizer.special_tokens_map, **(template_args or {})})

@@ -201,6 +201,33 @@ def test_serving_s_stops_come_after_the_template_s(tmp_path: Path) -> None:
     assert bundle.stop_ids == (im_end, 5, 6)
 
 
+@pytest.mark.parametrize(
+    ("stops", "comment", "ends"),
+    [
+        (["<|endoftext|>"], "", "<|im_end|>"),  # as base models have it that bring a template
+        ([], "", "<|im_end|>"),
+        (["<|endoftext|>", "<|im_end|>"], "", "<|endoftext|>"),  # serving stops at it, whatever eos_token says
+        (["<|endoftext|>"], "{# eos_token #}", "<|endoftext|>"),  # another one would change what is rendered
+    ],
+)
+def test_a_turn_s_end_at_which_serving_does_not_stop_becomes_the_eos_token(
+    tmp_path: Path, stops: list[str], comment: str, ends: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make_tokenizer(tmp_path, CHATML + comment)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
+    ids = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(stops)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids or None}))
+    bundle = load_tokenizer(str(folder))
+    named = bundle.tokenizer.convert_ids_to_tokens([*bundle.stop_ids, bundle.end_of_text])
+    assert (bundle.tokenizer.eos_token, named) == (ends, ["<|im_end|>", "<|endoftext|>", "<|endoftext|>"])
+    assert any("eos_token is now <|im_end|>" in note for note in bundle.notes) is (ends == "<|im_end|>")
+    bundle.tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == ends
+
+
 def test_nothing_to_stop_at_is_an_error(tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path, "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
     config = json.loads((folder / "tokenizer_config.json").read_text())
