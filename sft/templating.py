@@ -5,6 +5,7 @@ Nothing here knows tokens. `render` gives what `apply_chat_template(tokenize=Fal
 
 from __future__ import annotations
 
+import json
 import mmap
 import signal
 import threading
@@ -127,10 +128,13 @@ class ChatTemplate:
     variables: Mapping[str, Any] = field(default_factory=dict)
     parts: bool = False
     """Whether it reads content as a list of parts, as templates of models that see do."""
+    json_arguments: bool = False
+    """Whether it reads the arguments of tool calls as JSON text and not as objects."""
 
     def given(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message as this template reads it."""
-        return in_parts(message) if self.parts else dict(message)
+        message = in_parts(message) if self.parts else dict(message)
+        return with_json_arguments(message) if self.json_arguments else message
 
     def render(
         self,
@@ -190,6 +194,16 @@ def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose text is a list with one part."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
+
+
+def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as JSON text."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def describe(error: Exception) -> str:

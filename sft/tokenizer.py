@@ -31,6 +31,7 @@ NO_TEMPLATE = (
     "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
 )
 PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
+PROBE_TOOL = "piccolo"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def load_tokenizer(
     notes: list[str] = []
     chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
     with deadline(10.0, "the chat template"):
-        chat = fit_content(chat, notes)
+        chat = fit_arguments(fit_content(chat, notes), notes)
         if template.endswith(".jinja"):
             missing = dict.fromkeys(CONTROL_SHAPE.findall(probe(chat)[0]))
             added += add_tokens(tokenizer, tuple(missing))
@@ -220,6 +221,28 @@ def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
     return chat
 
 
+def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
+    """The template, told to get arguments of tool calls as JSON text where it objects to objects alone."""
+    function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": "high"}}}
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00001", "name": PROBE_TOOL, "content": PROBE_ANSWER},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": function}]
+    in_json = replace(chat, json_arguments=True)
+    try:
+        chat.render([asked], tools, generation_prompt=True)
+    except TemplateError:
+        try:
+            in_json.render([asked], tools, generation_prompt=True)
+        except TemplateError:
+            return chat  # it takes no such conversation at all; each row is told why
+        notes.append("the template reads the arguments of tool calls as text: they are given to it as JSON text")
+        return in_json
+    return chat
+
+
 def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """What makes of a plain message one as the tokenizer's own template reads it: found out as for training.
 
@@ -230,7 +253,7 @@ def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[
     try:
         chat = chat_template(tokenizer, template_args, None, [])
         with deadline(10.0, "the chat template"):
-            return fit_content(chat, []).given
+            return fit_arguments(fit_content(chat, []), []).given
     except (TemplateError, TemplateTimeout):
         return dict
 

@@ -16,7 +16,7 @@ from sft.data.encode import Encoder
 from sft.data.outcome import EncodeSettings
 from sft.errors import ModelError, SftError, TemplateError
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, pin_clock
-from sft.tokenizer import load_tokenizer
+from sft.tokenizer import fit_arguments, load_tokenizer, message_form
 from sft.types import Conversation, Message, Passage
 
 PIRATE = [
@@ -226,6 +226,42 @@ def test_a_turn_s_end_at_which_serving_does_not_stop_becomes_the_eos_token(
     assert any("eos_token is now <|im_end|>" in note for note in bundle.notes) is (ends == "<|im_end|>")
     bundle.tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).eos_token == ends
+
+
+WANTS_TEXT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for call in m.tool_calls or [] %}"
+    "{{ call['function']['name'] + ' ' + call['function']['arguments'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLING = (
+    Message("user", "Paris?"),
+    Message("assistant", "", {"tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "näher": [1]}}}]}),
+    Message("tool", "sun"),
+    Message("assistant", "It shines."),
+)  # fmt: skip
+
+
+def test_a_template_that_reads_arguments_as_text_gets_json(tmp_path: Path) -> None:
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, WANTS_TEXT, None, "<|im_end|>", ())))
+    assert any("arguments of tool calls as text" in note for note in bundle.notes)
+    (example,) = Encoder(bundle, EncodeSettings()).encode(Conversation(CALLING, "a.jsonl:1")).examples
+    trained = bundle.tokenizer.decode(example.input_ids_T[example.weights_T > 0])
+    assert trained == 'weather {"city": "Paris", "näher": [1]}<|im_end|>It shines.<|im_end|>'
+    form = message_form(bundle.tokenizer, {})
+    messages = [form(message.as_dict()) for message in CALLING[:3]]
+    served = bundle.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert example.input_ids_T[: len(served)].tolist() == served, "what the check of serving asks"
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, WANTS_TEXT.replace("['arguments']", "['arguments'] | tojson"), WANTS_TEXT + "{{ 1 + 'a' }}"]
+)
+def test_arguments_are_objects_where_a_template_takes_them_or_takes_nothing(template: str) -> None:
+    chat = ChatTemplate(template, template)
+    notes: list[str] = []
+    assert fit_arguments(chat, notes) is chat
+    assert notes == []
 
 
 def test_nothing_to_stop_at_is_an_error(tmp_path: Path) -> None:
