@@ -156,10 +156,16 @@ def _validate(raw: dict[str, Any], where: dict[KeyPath, str], file: Path) -> Con
             problems.setdefault(path, message)
     if not problems and config is not None:
         return config
+    for path in [path for path in problems if path and any(_within(other, path) for other in problems)]:
+        del problems[path]  # the other branch of a union: a list with a mistake in it is no number either
     told = [problems[path] for path in sorted(problems, key=lambda path: _line(_where(path, where)))]
     if len(told) == 1:
         raise ConfigError(told[0])
     raise ConfigError(f"{file}: {len(told)} problems\n" + "\n".join(f"  - {message}" for message in told))
+
+
+def _within(path: KeyPath, outer: KeyPath) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def _unknown_keys(

@@ -315,6 +315,12 @@ def test_a_wrong_value_is_told_with_what_is_wanted(override: str, said: str) -> 
     assert "\n" not in message, "one finding, said once"
 
 
+def test_a_mistake_in_a_list_is_not_told_as_one_of_the_list_as_well() -> None:
+    """`data.eval` may be a number, too, which its list is not."""
+    message = refusal("model: {name: m}\ndata:\n  train: a\n  eval: [{path: a, repeat: 0}]\n")
+    assert message == "c.yaml:4: 'data.eval.0.repeat' is 0; wanted: a number, above 0."
+
+
 def test_wrong_values_name_file_and_line() -> None:
     assert refusal(MINIMAL + "optim:\n  lr: fast\n").startswith("c.yaml:4: 'optim.lr' is fast")
 
