@@ -10,6 +10,7 @@ import errno
 import gc
 import math
 import re
+import resource
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -229,6 +230,13 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     give_back()
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory so far: of this process on its GPU, or, without one, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
 
 
 def local_bytes(tensor: torch.Tensor) -> int:

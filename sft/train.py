@@ -24,6 +24,7 @@ from sft.distributed import leave, sum_over_ranks, wait_for_all
 from sft.durable import check_nameable
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, SftError, Stopped
 from sft.finish import finish
+from sft.fitting import peak_gib
 from sft.launch import become_launcher_where_needed
 from sft.meeting import Meeting
 from sft.model import resolve_precision
@@ -290,6 +291,7 @@ def train_event(session: Session, data: StepData, result: StepResult, seconds: f
         "tokens_per_second": round(data.tokens / seconds, 1),
         "seconds": round(session.state.seconds, 3),
         "micro_batches": len(data.batches),
+        "peak_memory_gib": round(peak_gib(session.job.device), 2),
         "batch": data.digest,
         **({"skipped": True} if result.skipped else {}),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from typing import Any
 from common import ROOT, conversation, rows, run_json, spread, write_jsonl
 
 HERE = Path(__file__).parent
+MAX_TOKENS = {"gsm8k": 1024, "2k": 3072, "8k": 12288, "mix": 12288}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as their makers say
+WORDS = ("the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as")  # fmt: skip
 PEERS = ("trl==1.16.0", "peft", "bitsandbytes", "datasets")
 
 
@@ -30,6 +34,7 @@ def main() -> None:
     python = peer_python(arguments.peer_python)
     model = model_folder(arguments, work)
     config, ordered, tokens_a_step = prepare(arguments, model, work)
+    device = gpu_name()
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for tuning in arguments.tunings:
         results[tuning] = {name: [] for name in ("ours", "default", "best")}
@@ -37,12 +42,17 @@ def main() -> None:
             "tuning": tuning, "steps": arguments.steps, "model": str(model), "config": str(config),
             "rows": str(ordered),
             "examples": arguments.examples, "tokens_a_step": tokens_a_step, "lr": 2e-5 if tuning == "full" else 2e-4,
+            "max_tokens": MAX_TOKENS[arguments.rows], "on_gpu": device is not None,
         }  # fmt: skip
         for _ in range(arguments.pairs):
             results[tuning]["ours"].append(worker(sys.executable, "worker_sft.py", settings))
             for mode in ("default", "best"):
                 results[tuning][mode].append(worker(python, "worker_trl.py", {**settings, "mode": mode}))
             report(tuning, results[tuning])
+            if device is not None:
+                report_mfu(
+                    tuning, results[tuning], flops_a_token(model, tuning, tokens_a_step / arguments.examples), device
+                )
     (work / "results.json").write_text(json.dumps(results, indent=1))
 
 
@@ -53,6 +63,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--examples", type=int, default=8, help="conversations a step")
+    parser.add_argument(
+        "--rows", choices=list(MAX_TOKENS), default="gsm8k",
+        help="gsm8k: --data; else made here: examples of 2k or 8k tokens, or a mix as of chats",
+    )  # fmt: skip
     parser.add_argument("--shape", choices=["135m", "1b"], default="135m", help="1b: random weights, for a GPU")
     parser.add_argument("--peer-python", help="a Python that has TRL; else one is made in .venv-bench")
     return parser.parse_args()
@@ -103,12 +117,13 @@ def prepare(arguments: argparse.Namespace, model: Path, work: Path) -> tuple[Pat
     from sft.opening import make_plan
     from sft.prepare import prepare_data
 
-    found = rows(arguments.data, 4 * arguments.examples * arguments.steps)
+    count = 4 * arguments.examples * arguments.steps
+    found = rows(arguments.data, count) if arguments.rows == "gsm8k" else made_rows(arguments.rows, count)
     ours = write_jsonl(work / "rows.jsonl", [conversation(row) for row in found])
     config = work / "ours.yaml"
     values = {
         "model": {"name": str(model), "precision": "mixed"},
-        "data": {"train": [{"path": str(ours)}], "eval": 0, "max_tokens": 1024},
+        "data": {"train": [{"path": str(ours)}], "eval": 0, "max_tokens": MAX_TOKENS[arguments.rows]},
         "batch": {"examples": arguments.examples},
         "optim": {"schedule": "constant", "warmup": 0},
         "train": {"max_steps": arguments.steps},
@@ -134,6 +149,48 @@ def prepare(arguments: argparse.Namespace, model: Path, work: Path) -> tuple[Pat
         for i in rest
     ]
     return config, write_jsonl(work / "ordered.jsonl", [*ordered, *behind]), int(statistics.median(lengths))
+
+
+def made_rows(kind: str, count: int) -> list[dict[str, str]]:
+    """Rows of common short words, about one token each, half of them the answer. The mix is log-normal, as chats are:
+    a median of 400 tokens, one in ten above 1,400."""
+    draw = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(draw.choices(WORDS, k=max(1, words)))
+
+    fixed = {"2k": 2000, "8k": 8000}.get(kind)
+    lengths = [fixed or min(8000, int(draw.lognormvariate(6.0, 1.0))) for _ in range(count)]
+    return [{"question": text(n // 2), "answer": text(n - n // 2)} for n in lengths]
+
+
+def gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def flops_a_token(model: Path, tuning: str, length: float) -> float:
+    """Useful floating-point operations a token: 6 a weight that is trained, 4 a frozen one (QLoRA's alike), and those
+    of causal attention. The look-up of embeddings counts nothing, a tied head once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return (6 if tuning == "full" else 4) * weights + attention
+
+
+def report_mfu(tuning: str, found: dict[str, list[dict[str, Any]]], flops: float, device: str) -> None:
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in device), None)
+    for name, runs in found.items():
+        reached = statistics.median(run["tokens_per_second"] for run in runs) * flops
+        share = f", {reached / peak:.0%} of {device}'s {peak / 1e12:.0f}" if peak else ""
+        print(f"  {name:8} {tuning}: {reached / 1e12:,.0f} TFLOP/s{share}")
 
 
 def worker(python: str, script: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -55,15 +55,15 @@ def main() -> None:
 def steps_of(model: str, tokens: int, length: int, repeats: int) -> dict[str, float]:
     """Tokens a second of a full step over one flat row, after a first one that is not counted."""
     import torch
-    from limit import make_batch, make_trainee, timed, training_step
+    from limit import make_batches, make_trainee, timed, training_step
 
     from sft.heap import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    batch = make_batch(tokens, length, device)
-    step = training_step(make_trainee(model, "full", device), batch)
+    batches = make_batches(tokens // length, length, tokens, device)
+    step = training_step(make_trainee(model, "full", device), batches)
     seconds = [timed(step, device) for _ in range(repeats + 1)][1:]
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_gib()
     return {"rate": tokens / statistics.median(seconds), "gib": gib}

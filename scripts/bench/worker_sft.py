@@ -26,7 +26,7 @@ def main(settings: dict[str, object]) -> None:
         json.dumps(
             {
                 "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
-                "peak_gib": peak_gib(children=True),
+                "peak_gib": last["peak_memory_gib"] if settings["on_gpu"] else peak_gib(children=True),
                 "losses": [event["loss"] for event in steps],
                 "tokens": last["tokens"],
                 "trained_tokens": last["trained_tokens"],

@@ -34,7 +34,7 @@ def main(settings: dict[str, Any]) -> None:
             "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 1.0, "report_to": [],
             "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "completion_only_loss": True,
             "per_device_train_batch_size": settings["examples"], "train_sampling_strategy": "sequential",
-            "optim": "adamw_torch_fused",
+            "optim": "adamw_torch_fused", "max_length": settings["max_tokens"],
         }  # fmt: skip
         options["use_cpu"] = not torch.cuda.is_available()
         if best:
@@ -69,7 +69,7 @@ def main(settings: dict[str, Any]) -> None:
         json.dumps(
             {
                 "tokens_per_second": after_first / (ends[-1] - ends[0]),
-                "peak_gib": peak_gib(),
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_gib(),
                 "losses": losses,
                 "tokens": sum(tokens),
             }

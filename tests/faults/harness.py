@@ -31,7 +31,7 @@ from sft.checkpoint import complete_checkpoints, verify
 Fault = dict[str, Any]
 
 # Written by the clock or the allocator; everything else in metrics.jsonl must be equal.
-VOLATILE = {"seconds", "tokens_per_second", "time", "memory", "memory_gb", "step_seconds", "data_seconds"}
+VOLATILE = {"seconds", "tokens_per_second", "time", "peak_memory_gib", "step_seconds", "data_seconds"}
 
 
 def fault(where: str, call: int, what: str, when: str = "before") -> Fault:
