@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 
 
+# A gloo group joins its threads where its last reference goes, and holds Python's lock meanwhile; a thread that is still
+# freeing the last collective's tensors waits for that lock, and neither goes on. DDP holds a reference, which goes with
+# the model. One more is kept until the interpreter ends, when the threads have long been idle.
+_LEFT: list[Any] = []
+
+
 class LostContact(RuntimeError):
     """Another rank ended, so this one cannot go on. Not the cause: that rank says it, or the system's log does."""
 
@@ -63,6 +69,7 @@ def leave() -> None:
     """Ends the process group after all ranks are done, rather than wherever the interpreter happens to exit."""
     if is_distributed():
         dist.barrier()
+        _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

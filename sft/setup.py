@@ -280,7 +280,7 @@ def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
     """What the base model learned to end texts with: its generation settings' end, else the tokenizer's."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if isinstance(first, int) else bundle.tokenizer.eos_token_id
+    return first if isinstance(first, int) else bundle.end_of_text
 
 
 def prove(trainee: Trainee, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
