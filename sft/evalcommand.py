@@ -47,6 +47,7 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     import torch
     from accelerate import PartialState
 
+    from sft.distributed import leave
     from sft.prepare import prepare_data
 
     config = loaded.config
@@ -72,9 +73,7 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     samples = prepared.eval.samples[: config.eval.samples] if state.is_main_process else []
     dtype = str(trainee.causal.get_input_embeddings().weight.dtype).removeprefix("torch.")
     answers = answer(trainee, bundle, samples, state.device, config.eval.max_new_tokens)
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        state.destroy_process_group()
+    leave()
     return {
         "model": model,
         "conversations": prepared.eval.num_conversations,

