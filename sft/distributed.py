@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-# A gloo group joins its threads where its last reference goes, and holds Python's lock meanwhile; a thread that is still
-# freeing the last collective's tensors waits for that lock, and neither goes on. DDP holds a reference, which goes with
+# A gloo group joins its threads where its last reference goes, and holds Python's lock meanwhile; a thread that still
+# frees the last collective's tensors waits for that lock, and neither goes on. DDP holds a reference, which goes with
 # the model. One more is kept until the interpreter ends, when the threads have long been idle.
 _LEFT: list[Any] = []
 
