@@ -61,7 +61,7 @@ def explanation(session: Session, doing: str) -> str:
     weights, gradients, states = bytes_in_use(job)
     where = f"{doing}, rank {job.rank}: out of memory"
     beside = f"beside weights {human(weights)}, gradients {human(gradients)} and optimizer {human(states)}"
-    if doing.startswith(("saving", "finishing")):
+    if doing.startswith(("saving", "writing", "finishing")):
         room = tightest()
         return (
             f"{where} of the host: a save holds a copy of the trained weights and the optimizer there (up to "
