@@ -64,6 +64,7 @@ def test_trackers_that_cannot_start_are_named_and_training_goes_on(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
+    (run / "status.json").write_text("{}")  # of a run that was killed early
     (run / "trackers").write_text("in the way")
     run_here(config, "log.trackers=[tensorboard]", "train.max_steps=2")
     said = capsys.readouterr().err
