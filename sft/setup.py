@@ -116,13 +116,15 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
 
 def sharding(config: Config, precision: str) -> Any:
     """FSDP2 as the launcher's config file says, but for its precision: gathered weights in bf16, gradients summed in
-    float32, losses left as they are. accelerate's own setting would round all three. Raises DeviceError."""
+    float32, losses left as they are. accelerate's own setting would round all three. Raises DeviceError for
+    FSDP's first version, ConfigError for an optimizer that it cannot shard."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if os.environ.get("FSDP_VERSION") != "2":
         raise DeviceError(
-            "FSDP is asked for in its first version. Set fsdp_version: 2, as configs/accelerate/fsdp2.yaml"
+            "accelerate's config asks for FSDP's first version. Set fsdp_version: 2 there, as "
+            "configs/accelerate/fsdp2.yaml does."
         )
     if config.optim.type != "adamw":
         raise ConfigError(f"optim.type: {config.optim.type} cannot be sharded by FSDP. Write optim.type: adamw.")
