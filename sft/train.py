@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft import setup
+from sft.accelerator import make_accelerator, unused_gpus_hint
 from sft.advice import advice_on_steps, beyond_context
 from sft.batches import Join, StepData, StepFeed
 from sft.choice import best_step
@@ -91,7 +92,7 @@ def _train(
         for warning in advice_on_steps(config, plan, data.train.num_conversations):
             say_early(f"warning: {warning}")
         meeting.wait(stop.check)
-    accelerator = setup.make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
+    accelerator = make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
     rank, is_first = accelerator.process_index, accelerator.is_main_process
     identity = run_fingerprint(config, data, bundle, plan.total_steps)
     check_ranks_agree(rank, {"config": identity, "versions": versions()})
@@ -349,7 +350,7 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
     longest = int(session.data.train.lengths_E.max())
     if long := beyond_context(job.trainee.model.config.to_dict(), longest, session.config.data.max_tokens):
         session.say(f"warning: {long}")
-    if hint := setup.unused_gpus_hint(command):
+    if hint := unused_gpus_hint(command):
         session.say(hint)
     if opening.state.step == 0 and job.is_first:
         session.say(one_example(session.data.train.example(0), session.bundle))

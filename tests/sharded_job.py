@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from sft import attention
+from sft.accelerator import sharding
 from sft.config import Config, Lora
 from sft.data.collate import flat
 from sft.model import add_adapter, dtypes, load_base
 from sft.optim import build, load_state_by_name, state_by_name, whole
-from sft.setup import follow_inputs, sharding
+from sft.setup import follow_inputs
 from sft.trainee import Trainee, loss_sum
 from sft.types import Example
 

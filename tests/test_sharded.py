@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sft.accelerator import sharding
 from sft.config import Config
 from sft.errors import ConfigError, DeviceError
-from sft.setup import sharding
 
 
 @pytest.mark.dist
