@@ -73,3 +73,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of the test's own, which it may change."""
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data of this test alone, gone with it."""
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,13 @@ from sft.memory import Memory
 from sft.picture import Picture, as_object
 from sft.train import train
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 def row(number: int = 0, answer: str = "hello world") -> dict[str, Any]:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     question = f"Hello {words[number % 10]} {words[number // 10 % 10]}"
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-    return
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -21,12 +21,10 @@ from sft.errors import ConfigError, ModelError
 from sft.evalcommand import evaluate_path, measure
 from sft.prepare import prepare_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+]
 
 
 def write_config(folder: Path, model: Path, *overrides: str) -> LoadedConfig:

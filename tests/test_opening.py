@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model
 from jobs import events, run_here, write_config
 
 from sft.errors import DataError, ResumeError, SftError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def status(run: Path) -> dict[str, Any]:

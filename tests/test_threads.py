@@ -13,8 +13,7 @@ from sft.report import read_config_lines
 
 
 @pytest.fixture(autouse=True)
-def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+def as_before(own_cache: None) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

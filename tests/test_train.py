@@ -16,15 +16,7 @@ from safetensors.torch import load_file
 from sft.choice import best_step, scores_of
 from sft.errors import ConfigError, ModelError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_losses_equal_those_of_transformers_trainer(tmp_path: Path, model: Path) -> None:
