@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from sft.config import EvalMetric
 from sft.errors import ConfigError
-from sft.sweepfile import METRICS, LoadedSweep, load_sweep
+from sft.sweepfile import LoadedSweep, load_sweep
 from sft.sweepspace import Dimension, grid_points
 
 BASE = """\
@@ -134,7 +136,7 @@ space:
          "sweep.yaml:3: 'trials' is 0: input should be greater than or equal to 1"),
         (HEAD + "sampler: tbe\n", "sweep.yaml:4: 'sampler' is tbe: input should be 'tpe', 'random' or 'grid'"),
         (HEAD + "pruner: {type: median, warm: 1}\n", "sweep.yaml:4: unknown key 'pruner.warm'. Did you mean 'warmup'?"),
-        (HEAD + "metric: loss\n", "sweep.yaml:4: 'metric' is loss: wanted: a number of the final evaluation"),
+        (HEAD + "metric: loss\n", "sweep.yaml:4: 'metric' is loss: input should be 'eval.loss', 'eval.perplexity'"),
         (HEAD + "optim: {lr: 1}\n", "unknown key 'optim'. That is the config's; change it there"),
         ("config: nobase.yaml\ndir: sw\ntrials: 5\n", "nobase.yaml: no such file. In .: base.yaml"),
         (HEAD + "first: [{optim.lr: 1.0}]\n", "sweep.yaml:4: optim.lr: 1 is not in the space: from 1e-05 to 0.001"),
@@ -228,7 +230,9 @@ def test_the_sweep_that_ships(monkeypatch):
 def test_the_metrics_are_those_of_an_evaluation():
     from sft.evaluate import EvalSums, metrics
 
-    assert {f"eval.{name}" for name in metrics(EvalSums(1, 1, 1, 1, 1, 1))} - {"eval.tokens"} == set(METRICS)
+    assert {f"eval.{name}" for name in metrics(EvalSums(1, 1, 1, 1, 1, 1))} - {"eval.tokens"} == set(
+        get_args(EvalMetric)
+    )
 
 
 def test_what_the_command_line_sets_is_said_to_come_from_there():
