@@ -6,7 +6,7 @@ import importlib.util
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,11 +14,14 @@ from sft.config import Config
 from sft.errors import ConfigError, DeviceError
 from sft.watchdog import STALL_SECONDS
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
 # Longer than any phase that the watchdog lets rank 0 take alone: it judges, and names the phase.
 GROUP_TIMEOUT = timedelta(seconds=6 * STALL_SECONDS)
 
 
-def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
+def make_accelerator(config: Config, run_dir: Path) -> Any:
     """The process group and devices as the launcher set them up; every choice that matters here is passed by hand."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
@@ -32,7 +35,7 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # autocast is the trainee's
-        fsdp_plugin=sharding(config, precision) if is_sharded_launch() else None,
+        fsdp_plugin=sharding(config) if is_sharded_launch() else None,
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
@@ -44,12 +47,10 @@ def make_accelerator(config: Config, run_dir: Path, precision: str) -> Any:
     )
 
 
-def sharding(config: Config, precision: str) -> Any:
-    """FSDP2 as the launcher's config file says, but for its precision: gathered weights in bf16, gradients summed in
-    float32, losses left as they are. accelerate's own setting would round all three. Raises DeviceError for
-    FSDP's first version, ConfigError for an optimizer that it cannot shard."""
+def sharding(config: Config) -> Any:
+    """FSDP2 as the launcher's config file says, but for its precision, which `shard_in` gives it. Raises DeviceError
+    for FSDP's first version, ConfigError for an optimizer that it cannot shard."""
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if os.environ.get("FSDP_VERSION") != "2":
         raise DeviceError(
@@ -58,13 +59,32 @@ def sharding(config: Config, precision: str) -> Any:
         )
     if config.optim.type != "adamw":
         raise ConfigError(f"optim.type: {config.optim.type} cannot be sharded by FSDP. Write optim.type: adamw.")
-    return FullyShardedDataParallelPlugin(
-        mixed_precision_policy=MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "mixed" else None,
-            reduce_dtype=torch.float32,
-            output_dtype=None,
-            cast_forward_inputs=False,
-        )
+    return FullyShardedDataParallelPlugin()
+
+
+def shard_in(accelerator: Any, precision: str) -> None:
+    """Gives FSDP the precision of the run before `prepare` shards the model; where nothing is sharded, nothing.
+
+    The group of ranks is made before the run folder is read, and the folder may hold another precision than `auto`
+    would choose on this device.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.mixed_precision_policy = sharded_precision(precision)
+
+
+def sharded_precision(precision: str) -> MixedPrecisionPolicy:
+    """Gathered weights in bf16 for `mixed`, gradients summed in float32, losses left as they are.
+
+    accelerate's own setting would round all three.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "mixed" else None,
+        reduce_dtype=torch.float32,
+        output_dtype=None,
+        cast_forward_inputs=False,
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft import setup
+from sft.accelerator import shard_in
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
@@ -240,6 +241,7 @@ def open_session(
             layer.compile(dynamic=True)
     peak = peak_learning_rate(config)
     optimizer = setup.build_optimizer(config, trainee, peak)
+    shard_in(accelerator, precision)
     module, optimizer = accelerator.prepare(trainee, optimizer)
     job = setup.Job(
         accelerator=accelerator,

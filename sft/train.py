@@ -28,7 +28,6 @@ from sft.finish import finish
 from sft.fitting import peak_gib
 from sft.launch import become_launcher_where_needed
 from sft.meeting import Meeting
-from sft.model import resolve_precision
 from sft.opening import (
     Opening,
     check_ranks_agree,
@@ -92,7 +91,7 @@ def _train(
         for warning in advice_on_steps(config, plan, data.train.num_conversations):
             say_early(f"warning: {warning}")
         meeting.wait(stop.check)
-    accelerator = make_accelerator(config, folder.path, resolve_precision(config.model.precision, _device_type()))
+    accelerator = make_accelerator(config, folder.path)
     rank, is_first = accelerator.process_index, accelerator.is_main_process
     identity = run_fingerprint(config, data, bundle, plan.total_steps)
     check_ranks_agree(rank, {"config": identity, "versions": versions()})
@@ -354,7 +353,3 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
         session.say(hint)
     if opening.state.step == 0 and job.is_first:
         session.say(one_example(session.data.train.example(0), session.bundle))
-
-
-def _device_type() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

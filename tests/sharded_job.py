@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from sft import attention
-from sft.accelerator import sharding
-from sft.config import Config, Lora
+from sft.accelerator import sharded_precision
+from sft.config import Lora
 from sft.data.collate import flat
 from sft.model import add_adapter, dtypes, load_base
 from sft.optim import build, load_state_by_name, state_by_name, whole
@@ -55,8 +55,7 @@ def step(made: Trainee, optimizer: torch.optim.Optimizer, members: list[Example]
 
 def mixed(model: Path, tuning: str, members: list[Example]) -> None:
     """Under the policy that the trainer gives to FSDP: bf16 products, float32 losses and gradients, twice in a row."""
-    config = Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}})
-    policy = sharding(config, "mixed").mixed_precision_policy
+    policy = sharded_precision("mixed")
     kinds = dtypes("mixed")
     base: Any = load_base(
         str(model), dtype=kinds.trained if tuning == "full" else kinds.frozen, attention=attention.FLAT

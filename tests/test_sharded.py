@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from sft.accelerator import sharding
+from sft.accelerator import shard_in, sharding
 from sft.config import Config
 from sft.errors import ConfigError, DeviceError
 
@@ -32,8 +34,20 @@ def test_what_fsdp_cannot_do_here_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         return Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "optim": optim})
 
     with pytest.raises(DeviceError, match=r"fsdp_version: 2"):
-        sharding(config(), "mixed")
+        sharding(config())
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ConfigError, match=r"optim\.type: adamw_8bit cannot be sharded"):
-        sharding(config(type="adamw_8bit"), "mixed")
-    assert sharding(config(), "fp32").mixed_precision_policy.param_dtype is None
+        sharding(config(type="adamw_8bit"))
+    sharding(config())
+
+
+def test_fsdp_is_given_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for accelerate's Accelerator, which takes a plugin for FSDP only where there are GPUs."""
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = sharding(Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}))
+    assert plugin.mixed_precision_policy is None
+    for precision, gathered in (("fp32", None), ("mixed", torch.bfloat16), ("bf16", None)):
+        shard_in(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), precision)
+        policy = plugin.mixed_precision_policy
+        assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (gathered, torch.float32, None)
+    shard_in(SimpleNamespace(state=SimpleNamespace()), "mixed")  # no plugin: one process, or DDP

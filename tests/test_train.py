@@ -413,6 +413,8 @@ def test_precision_stays_as_the_run_began(
     """As on a machine without fast bf16, continued on one that has it."""
     config = write_config(tmp_path, model, model__precision="auto")
     constant = ("optim.schedule=constant", "optim.warmup=0")
+    sharded: list[str] = []
+    monkeypatch.setattr("sft.session.shard_in", lambda accelerator, precision: sharded.append(precision))
     for steps, auto in ((3, "fp32"), (6, "mixed")):
         monkeypatch.setattr(
             "sft.session.resolve_precision", lambda wanted, device, auto=auto: auto if wanted == "auto" else wanted
@@ -420,6 +422,7 @@ def test_precision_stays_as_the_run_began(
         run = run_here(config, *constant, f"train.max_steps={steps}")
     assert "precision stays fp32, as this run began; auto would choose mixed here" in capsys.readouterr().err
     assert json.loads((run / "environment.json").read_text())["resolved"]["precision"] == "fp32"
+    assert sharded == ["fp32", "fp32"], "FSDP computes in what the weights are kept in"
     whole = run_here(config, *constant, f"run.dir={tmp_path}/whole", "model.precision=fp32")
     assert losses(run) == losses(whole)
 
