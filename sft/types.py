@@ -96,7 +96,8 @@ class Example:
 
     @property
     def num_trained(self) -> int:
-        return int(np.count_nonzero(self.weights_T))
+        """Tokens whose prediction is trained: never the first one, which nothing precedes."""
+        return int(np.count_nonzero(self.weights_T[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ class Batch:
     Flat: `input_ids` (1, N), `positions` (1, N) restarting at each of the S examples, no `attention_mask`.
     Padded: (B, T) with `attention_mask` (B, T), 1 at real tokens; S = B.
     Of the M targets, `target_index_M` says which position (of the B*T flattened) predicts `targets_M`, and
-    `weights_M` what its loss weighs. They are known on the host, so that no device is asked for M.
+    `weights_M` what its loss weighs. They are known on the host, so that no device is asked for M, nor whether all
+    weigh one.
     """
 
     input_ids: torch.Tensor
@@ -126,6 +128,7 @@ class Batch:
     weights_M: torch.Tensor
     segment_lengths: tuple[int, ...]
     attention_mask: torch.Tensor | None = None
+    unit_weights: bool = False  # known to be all one
 
     @property
     def is_flat(self) -> bool:

@@ -247,6 +247,23 @@ def test_files_left_out_of_a_folder_are_noted(tmp_path: Path, model_folder: Path
     assert any("dev_tools.jsonl (validation)" in note for note in notes)
 
 
+def test_trained_tokens_are_those_that_training_counts(tmp_path: Path, model_folder: Path) -> None:
+    """Rows whose first token is trained, though nothing predicts it."""
+    texts = write(tmp_path / "texts.jsonl", *({"text": "Hello world" + " one" * (number % 5)} for number in range(20)))
+    chats = write(tmp_path / "chats.jsonl", *(row(number) for number in range(20)))
+    overrides = ("data.train_on=all", "data.eval=8", "eval.every=0", "eval.samples=0", "save.every=0")
+    loaded = config_for(tmp_path, model_folder, texts, chats, overrides=overrides)
+    report = look(loaded).report
+    whole = report["tokens"] + report["eval"]["tokens"]
+    assert report["trained_tokens"] + report["eval"]["trained_tokens"] == whole - 40
+    assert train(loaded) == EXIT_DONE
+    events = [json.loads(line) for line in (loaded.run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [event for event in events if event["event"] == "train"]
+    scored = [event for event in events if event["event"] == "eval"]
+    assert trained[-1]["trained_tokens"] == report["trained_tokens"]
+    assert scored[-1]["tokens"] == report["eval"]["trained_tokens"]
+
+
 def test_a_tiny_share_of_trained_tokens_is_a_warning(tmp_path: Path, model_folder: Path) -> None:
     long = [row(number) for number in range(30)]
     for one in long:

@@ -274,7 +274,7 @@ def test_the_page_is_whole_self_contained_and_safe_with_any_text(tmp_path: Path,
     assert "".join(piece[0] for piece in first["pieces"]) == f"say {HOSTILE}<|im_end|>"
     assert first["pieces"][-1] == ["<|im_end|>", [256], 1.0, 1]
     assert second["pieces"][0] == ["s", [82], 1.0, 0]
-    assert (second["tokens"], second["trained"]) == (4, 4)
+    assert (second["tokens"], second["trained"]) == (4, 3), "nothing predicts the first token"
 
 
 def test_the_page_is_written_where_it_is_asked_for(

@@ -62,6 +62,7 @@ def _batch(
     attention_mask: torch.Tensor | None,
 ) -> Batch:
     index = [predictors(example) for example in examples]
+    weights_M = np.concatenate([e.weights_T[i + 1] for e, i in zip(examples, index, strict=True)])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
@@ -69,9 +70,10 @@ def _batch(
         targets_M=torch.from_numpy(
             np.concatenate([e.input_ids_T[i + 1] for e, i in zip(examples, index, strict=True)]).astype(np.int64)
         ),
-        weights_M=torch.from_numpy(np.concatenate([e.weights_T[i + 1] for e, i in zip(examples, index, strict=True)])),
+        weights_M=torch.from_numpy(weights_M),
         segment_lengths=tuple(len(example.input_ids_T) for example in examples),
         attention_mask=attention_mask,
+        unit_weights=bool((weights_M == 1).all()),
     )
 
 
@@ -83,7 +85,7 @@ def idle(token_id: int = 0) -> Example:
 def count_targets(examples: Sequence[Example]) -> tuple[int, float]:
     """(number of trained targets, sum of their weights); an example's first token is no target."""
     return (
-        int(sum(np.count_nonzero(e.weights_T[1:]) for e in examples)),
+        sum(e.num_trained for e in examples),
         float(sum(float(e.weights_T[1:].sum(dtype=np.float64)) for e in examples)),
     )
 
@@ -104,4 +106,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         weights_M=move(batch.weights_M),
         segment_lengths=batch.segment_lengths,
         attention_mask=None if batch.attention_mask is None else move(batch.attention_mask),
+        unit_weights=batch.unit_weights,
     )

@@ -35,7 +35,7 @@ ARRAYS: dict[str, str] = {
     "ids": "<i4",  # N
     "weights": "<f4",  # N
     "lengths": "<i4",  # E
-    "trained": "<i4",  # E: trained tokens
+    "trained": "<i4",  # E: trained tokens, but for a first one
     "names": "|u1",  # the sources of the examples as UTF-8, one after the other
     "name_lengths": "<i4",  # E
     "examples": "<i4",  # C: examples of the conversation
