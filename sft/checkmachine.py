@@ -138,6 +138,7 @@ def look_at_memory(picture: Picture) -> None:
     """The estimate for this machine's first device, and how much of it is free."""
     import torch
 
+    from sft import liger
     from sft.model import resolve_precision
 
     config, shape = picture.config, picture.shape
@@ -145,6 +146,10 @@ def look_at_memory(picture: Picture) -> None:
     picture.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     picture.precision = resolve_precision(config.model.precision, device)
     picture.available = _free_memory(device.type)
+    if liger.unavailable(device.type, is_sharded=False) is None:
+        fault = liger.unfit()
+        kernel = f"not by Liger's kernel: {fault}" if fault else "by Liger's kernel, where it proves equal"
+        picture.notes.append(f"the loss is computed {kernel}")
     if shape is None:
         return
     picture.micro_tokens = _micro_tokens(picture, device.type)

@@ -170,7 +170,8 @@ _WITHOUT_KEY: tuple[tuple[str, str], ...] = (
     ),
     (
         "use_liger_kernel liger_kernel use_cce chunk_size_feed_forward enable_liger_kernel activation_offloading",
-        "there is nothing to set: logits are made for trained tokens only, and in chunks",
+        "there is nothing to set: logits are made for trained tokens only, and in chunks; on CUDA by Liger's kernel "
+        "where liger-kernel is installed",
     ),
     (
         "special_tokens eos_token pad_token bos_token added_tokens add_special_tokens resize_vocab eos_token_id",

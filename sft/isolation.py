@@ -18,6 +18,7 @@ from torch import nn
 
 from sft.attention import FLAT
 from sft.data.collate import flat, to_device
+from sft.liger import LossKernel
 from sft.loss import logits_loss_sum
 from sft.trainee import Trainee, attention_inputs
 from sft.types import Batch, Example
@@ -72,6 +73,36 @@ def head_is_exact(trainee: Trainee, device: torch.device) -> bool:
             tensors = (batch.input_ids, batch.positions, batch.target_index_M, batch.targets_M, batch.weights_M)
             chunked = trainee(*tensors, {}).item()
     return bool(abs(chunked - own) <= _allowed(trainee) / 8 * abs(own))
+
+
+def liger_agrees(trainee: Trainee, device: torch.device) -> bool:
+    """Whether Liger's kernel gives the loss and the gradients of the plain path, for this model's features and head."""
+    batch = to_device(flat(_examples(trainee)[:1]), device)
+    assert batch.unit_weights
+    with _evaluation(trainee), torch.no_grad():
+        _set_attention(trainee.causal, "eager")
+        tensors = (batch.input_ids, batch.positions, batch.target_index_M, batch.targets_M, batch.weights_M)
+        features_MD = trainee(*tensors, {}, lambda features, head: features)
+    plain, fused = (_loss_and_gradients(trainee, features_MD, batch, kernel) for kernel in ("plain", "liger"))
+    loss, *gradients = (_relative(*pair) for pair in zip(fused, plain, strict=True))
+    # Gradients are given more room: where logits are capped, the plain path rounds them once more than the kernel.
+    return loss <= _allowed(trainee) / 8 and all(difference <= _allowed(trainee) for difference in gradients)
+
+
+def _loss_and_gradients(
+    trainee: Trainee, features_MD: torch.Tensor, batch: Batch, kernel: LossKernel
+) -> list[torch.Tensor]:
+    """The loss by `kernel`, and its gradients by the features and by what is trained of the head, all float32."""
+    leaf = features_MD.detach().requires_grad_()
+    head = trainee.causal.get_output_embeddings()
+    wanted = [leaf, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
+    before, trainee.loss_kernel = trainee.loss_kernel, kernel
+    try:
+        with torch.autocast(leaf.device.type, trainee.compute_dtype, enabled=trainee.autocast):
+            loss = trainee.head_loss(leaf, batch.targets_M, batch.weights_M, unit_weights=batch.unit_weights)
+        return [loss.detach(), *(gradient.float() for gradient in torch.autograd.grad(loss / 3, wanted))]
+    finally:
+        trainee.loss_kernel = before
 
 
 def _allowed(trainee: Trainee) -> float:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from sft import liger
+from sft.accelerator import is_sharded_launch
 from sft.checkpoint import find_resumable
 from sft.choice import scores_of, stops_early
 from sft.config import Config
@@ -115,12 +118,18 @@ def open_run(
         return {"checkpoint": None, "state": state.as_dict(), "is_done": done_at is not None}
     recorded = read_json(checkpoint / "state.json")
     state = RunState.from_dict(recorded)
+    kernel = state.resolved.get(liger.KEY, "plain")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    lost = liger.lost(state.resolved, device_type, is_sharded=is_sharded_launch())
     consents = check_continuation(
-        state.fingerprint, print_of_run, allowed=allow_change, run_dir=str(folder.path),
-        named=named_only(loaded.config), say=say,
+        {**state.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
+        allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,
     )  # fmt: skip
     warmup = warmup_steps(loaded.config, total_steps, recorded)
-    state = replace(state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup)
+    state = replace(
+        state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup,
+        resolved={**state.resolved, liger.KEY: "plain" if lost else kernel},
+    )  # fmt: skip
     fault = fault_of_model(folder.final) if folder.final.is_dir() else "not there"
     ended = folder.read_status().get("state") == "done" and not fault
     if folder.read_status().get("state") == "done" and fault:

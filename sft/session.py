@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft import setup
+from sft import liger, setup
 from sft.accelerator import shard_in
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
@@ -227,6 +227,14 @@ def open_session(
     elif not proof["flat_rows"]:
         trainee.causal.set_attn_implementation("sdpa")
     trainee.head_path = proof["head_path"]
+    if opening.checkpoint is None:
+        chosen = gather(setup.choose_loss_kernel(trainee, say))
+        if len(set(chosen)) > 1:
+            say("note: the loss is computed without Liger's kernel: not every rank can use it")
+        trainee.loss_kernel = chosen[0] if len(set(chosen)) == 1 else "plain"
+    else:  # runs of before Liger was used have no record of it
+        trainee.loss_kernel = recorded.get(liger.KEY, "plain")
+    proof[liger.KEY] = trainee.loss_kernel
     lengths = data.train.lengths_E
     tokens_per_step = int(lengths.mean() * config.batch.examples / accelerator.num_processes) + 1
     checkpointing = recorded.get("gradient_checkpointing")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sft import attention, optim
+from sft import attention, liger, optim
 from sft.accelerator import is_sharded_launch
 from sft.adapterparts import refuse_untrained_tokens, token_modules
 from sft.config import Config
@@ -22,7 +22,7 @@ from sft.errors import DeviceError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
 from sft.heap import keep_freed_memory
 from sft.hush import hush_libraries
-from sft.isolation import compare, head_is_exact
+from sft.isolation import compare, head_is_exact, liger_agrees
 from sft.memory import CPU_MICRO_TOKENS
 from sft.model import (
     Precision,
@@ -238,6 +238,24 @@ def prove(trainee: Trainee, config: Config, say: Callable[[str], None]) -> dict[
     if own_head:
         say("this model's loss is more than a matrix product and a cross entropy: its own forward pass is used")
     return {"flat_rows": exact, "head_path": "model" if own_head else "chunked"}
+
+
+def choose_loss_kernel(trainee: Trainee, say: Callable[[str], None]) -> liger.LossKernel:
+    """Liger's where it is installed, fits the head and gives what the plain path gives, on the trainee's device."""
+    device = next(trainee.parameters()).device
+    if liger.unavailable(device.type, is_sharded=is_sharded_launch()) or not trainee.fits_liger:
+        return "plain"
+    fault = liger.unfit() or liger_fault(trainee, device)
+    if fault:
+        say(f"note: the loss is computed without Liger's kernel: {fault}")
+    return "plain" if fault else "liger"
+
+
+def liger_fault(trainee: Trainee, device: torch.device) -> str | None:
+    try:
+        return None if liger_agrees(trainee, device) else "its result differs from the plain path's"
+    except Exception as error:  # Triton compiles here: no C compiler, an old driver, a GPU that it does not know
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _flat_rows_serve(trainee: Trainee, device: torch.device) -> tuple[bool, str]:

@@ -345,6 +345,7 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
         f"process{'es' if job.world > 1 else ''} ({job.device.type}{threads}), {facts['trained_parameters']:,} of "
         f"{facts['parameters']:,} parameters, {facts['precision']}, lr {job.peak_lr:g}, "
         f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
+        f"{', loss by Liger' if job.trainee.loss_kernel == 'liger' else ''}"
     )
     longest = int(session.data.train.lengths_E.max())
     if long := beyond_context(job.trainee.model.config.to_dict(), longest, session.config.data.max_tokens):

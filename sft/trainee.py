@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sft import liger
 from sft.attention import segments
 from sft.loss import LogitTransform, head_loss_sum, linear_loss_sum, logits_loss_sum
 from sft.types import Batch
@@ -37,6 +38,7 @@ class Trainee(nn.Module):
         self.compute_dtype = compute_dtype
         self.autocast = autocast
         self.head_path: HeadPath = "chunked"
+        self.loss_kernel: liger.LossKernel = "plain"
         self.neftune_alpha = neftune_alpha
         self.causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self.transform = logit_transform(self.causal.config.get_text_config())
@@ -57,11 +59,12 @@ class Trainee(nn.Module):
         weights_M: torch.Tensor,
         attention: dict[str, Any],
         score: Score | None = None,
+        unit_weights: bool = False,
     ) -> torch.Tensor:
         """`attention` holds the segments of a flat row or the mask of padded ones. Returns a float32 scalar.
 
         With `score`, returns what that makes of the features (M, D) at the targets and the head that reads them:
-        inside forward, since a sharded head is whole only here.
+        inside forward, since a sharded head is whole only here. `unit_weights`: `weights_M` is known to be all one.
         """
         inputs = {"input_ids": input_ids, "position_ids": positions, "use_cache": False, **attention}
         with torch.autocast(input_ids.device.type, self.compute_dtype, enabled=self.autocast):
@@ -72,15 +75,33 @@ class Trainee(nn.Module):
                 return score(logits, lambda logits_mV: logits_mV)
             hidden = self.backbone(**inputs).last_hidden_state
             hidden_MD = hidden.flatten(0, 1).index_select(0, target_index_M)
-            head = self.causal.get_output_embeddings()
             if self.autocast:
                 hidden_MD = hidden_MD.to(self.compute_dtype)
             if score is not None:
+                head = self.causal.get_output_embeddings()
                 return score(hidden_MD, lambda h: self.transform(head(h)))
-            if _is_plain(head) and self.transform == LogitTransform():
-                return linear_loss_sum(hidden_MD, head.weight, targets_M, weights_M)
-            vocabulary = self.causal.config.get_text_config().vocab_size
-            return head_loss_sum(hidden_MD, lambda h: self.transform(head(h)), vocabulary, targets_M, weights_M)
+            return self.head_loss(hidden_MD, targets_M, weights_M, unit_weights=unit_weights)
+
+    def head_loss(
+        self, hidden_MD: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor, *, unit_weights: bool
+    ) -> torch.Tensor:
+        """Σ w·l from the features at the targets, under the caller's autocast."""
+        head = self.causal.get_output_embeddings()
+        fused = self.loss_kernel == "liger" and unit_weights and self.fits_liger
+        if _is_plain(head) and (fused or self.transform == LogitTransform()):
+            weight_VD = head.weight  # read once: PEFT's wrapper makes it at each reading
+            if fused and liger.serves(hidden_MD, weight_VD):
+                return liger.fused_loss_sum(hidden_MD, weight_VD, targets_M, self.transform.softcap)
+            if self.transform == LogitTransform():
+                return linear_loss_sum(hidden_MD, weight_VD, targets_M, weights_M)
+        vocabulary = self.causal.config.get_text_config().vocab_size
+        return head_loss_sum(hidden_MD, lambda h: self.transform(head(h)), vocabulary, targets_M, weights_M)
+
+    @property
+    def fits_liger(self) -> bool:
+        """Whether Liger's kernel knows all that head and logits do."""
+        plain = self.head_path == "chunked" and _is_plain(self.causal.get_output_embeddings())
+        return plain and self.transform.scale == 1.0
 
     def _own_path(
         self, inputs: dict[str, Any], index_M: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor
@@ -148,6 +169,7 @@ def loss_sum(
             batch.weights_M,
             attention_inputs(batch),
             score,
+            batch.unit_weights,
         )
     return loss
 

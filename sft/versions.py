@@ -11,7 +11,9 @@ def versions() -> dict[str, str]:
     import importlib.metadata as metadata
     import platform
 
-    names: Sequence[str] = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
+    names: Sequence[str] = (
+        "torch", "transformers", "accelerate", "peft", "bitsandbytes", "liger-kernel", "datasets", "numpy",
+    )  # fmt: skip
     found = {name: _version(metadata, name) for name in names}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 

@@ -23,7 +23,7 @@ FLOORS: dict[float, str] = {
     "hush heap versions data.jsontext data.control data.proof",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",
-    1.2: "advice choice meeting configkeys unread resume hub",
+    1.2: "liger advice choice meeting configkeys unread resume hub",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
@@ -44,7 +44,7 @@ FLOORS: dict[float, str] = {
 
 # Answer at once, so they import without torch: floors 0 and 1 but for two files, the sweep and what it needs, and
 # the command line.
-HEAVY_BELOW_2 = {"loss", "attention", "distributed", "meeting"}
+HEAVY_BELOW_2 = {"loss", "liger", "attention", "distributed", "meeting"}
 LIGHT_ABOVE = {"sweepspace", "sweepfile", "trial", "sweeprun", "sweep", "__main__"}
 
 
