@@ -35,13 +35,13 @@ def unavailable(device_type: str, *, is_sharded: bool) -> str | None:
 
 def unfit() -> str | None:
     """What is wrong with the installed liger-kernel; None where nothing is."""
-    version = importlib.metadata.version("liger-kernel")
-    if _release(version) < OLDEST:
-        return f"liger-kernel {version} is too old: pip install 'sft[liger]'"
     try:
+        version = importlib.metadata.version("liger-kernel")
+        if _release(version) < OLDEST:
+            return f"liger-kernel {version} is too old: pip install 'sft[liger]'"
         _function()
-    except ImportError as error:
-        return f"liger-kernel cannot be imported ({error})".splitlines()[0]
+    except Exception as error:  # a Triton that does not fit shows itself by all kinds
+        return f"liger-kernel cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
     return None
 
 

@@ -61,8 +61,10 @@ def against_plain(
         else:
             plain = head_loss_sum(hidden, lambda h: cap(F.linear(h, weight)), 150, targets, ones)
     wanted = (hidden, weight) if trained else (hidden,)
+    kept = [tensor.shape[0] for tensor in fused.grad_fn.saved_tensors if tensor is not None]  # type: ignore[union-attr]
     ours, theirs = (torch.autograd.grad(loss / 7, wanted) for loss in (fused, plain))
     found: Figures = {"loss": relative(fused, plain), "dtype": str(fused.dtype), "hidden": relative(ours[0], theirs[0])}
+    found["makes_head_gradient"] = 150 in kept
     if trained:
         found |= {"weight": relative(ours[1], theirs[1]), "weight_dtype": str(ours[1].dtype)}
         found["finer_than_bf16"] = bool((ours[1].bfloat16().float() != ours[1]).any())

@@ -86,7 +86,7 @@ def test_where_it_is_not_available() -> None:
     ("version", "code", "fault"),
     [
         ("0.8.3", None, "liger-kernel 0.8.3 is too old: pip install 'sft[liger]'"),
-        ("0.8.4", "import absent", r"liger-kernel cannot be imported \(No module named 'absent'\)"),
+        ("0.8.4", "import absent", "liger-kernel cannot be imported (ModuleNotFoundError: No module named 'absent')"),
         ("0.10.0.dev1", "def liger_fused_linear_cross_entropy(): ...", None),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_an_installed_one(tmp_path: Path, version: str, code:
     script = "from sft import liger; print(liger.unavailable('cuda', is_sharded=False), liger.unfit(), sep='|')"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(liger.__file__).parent.parent)])}
     out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == f"None|{fault}".replace("\\", "")
+    assert out.strip() == f"None|{fault}"
 
 
 def test_models_whose_logits_it_does_not_know() -> None:
@@ -184,7 +184,7 @@ def check(found: dict[str, Figures], rounding: float) -> None:
         assert found[case]["dtype"] == "torch.float32"
         for figure in ("loss", "hidden", "weight"):
             assert found[case].get(figure, 0) < 2 * rounding, (case, figure)
-    assert "weight" not in found["frozen"]
+    assert [found[case]["makes_head_gradient"] for case in ("full", "frozen")] == [True, False]
     assert found["mixed"]["loss"] < 1e-5
     assert max(found["mixed"]["hidden"], found["mixed"]["weight"]) < 2**-7
     assert found["mixed"]["weight_dtype"] == "torch.float32"
