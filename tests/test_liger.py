@@ -90,12 +90,17 @@ def test_where_it_is_not_available() -> None:
         ("0.10.0.dev1", "def liger_fused_linear_cross_entropy(): ...", None),
     ],
 )
-def test_what_is_wrong_with_an_installed_one(tmp_path: Path, version: str, code: str | None, fault: str | None) -> None:
-    folder = installed(tmp_path, version, code)
-    script = "from sft import liger; print(liger.unavailable('cuda', is_sharded=False), liger.unfit(), sep='|')"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(liger.__file__).parent.parent)])}
-    out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == f"None|{fault}"
+def test_what_is_wrong_with_an_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, code: str | None, fault: str | None
+) -> None:
+    monkeypatch.syspath_prepend(installed(tmp_path, version, code))
+    others = {name for name in sys.modules if name.split(".")[0] == "liger_kernel"}
+    for name in others:
+        monkeypatch.delitem(sys.modules, name)
+    assert liger.unavailable("cuda", is_sharded=False) is None
+    assert liger.unfit() == fault
+    for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
+        del sys.modules[name]
 
 
 def test_models_whose_logits_it_does_not_know() -> None:
