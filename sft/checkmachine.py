@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import DeviceError, SftError
+from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
 from sft.picture import Picture
 from sft.runfolder import RunFolder
@@ -31,10 +32,13 @@ def look_at_model(picture: Picture) -> None:
         return
     picture.settings = gguf_settings(file) if file else _config_json(model.name, model.revision)
     if not picture.settings:
-        picture.problems.append(
-            f"model.name: {model.name!r} has no config.json that this machine can reach. "
+        right = (
             "Give a hub id (check the spelling and the network), a folder with config.json and safetensors, or a "
             ".gguf file."
+        )
+        picture.problems.append(
+            f"model.name: {model.name!r} has no config.json that this machine can reach. "
+            + cure(model.name, "can't find config.json", right, revision=model.revision)
         )
         return
     picture.shape = model_shape(picture.settings)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.durable import as_readable_as
 from sft.errors import EXIT_DONE, ModelError
+from sft.hub import is_offline
 from sft.hush import hush_libraries
 from sft.modelcard import is_hub_id
 from sft.pickles import is_pickle_name, refuse_pickled_weights
@@ -255,7 +256,7 @@ def check_upload(repo: str) -> None:
 
     if not is_hub_id(repo):
         raise ModelError(f"--push {repo!r}: a repository is named like user/model.")
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if is_offline():
         raise ModelError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or leave out --push.")
     if get_token() is None:
         raise ModelError("--push: no token of the Hugging Face hub was found. Run `hf auth login`, or set HF_TOKEN.")

@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 from sft.config import Config
 
 TIMEOUT_S = 3.0
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+_UNANSWERED = re.compile(r"couldn't connect|couldn't reach", re.IGNORECASE)
+_NOT_HERE = re.compile(r"can't find|couldn't instantiate the backend|does not appear to have a file", re.IGNORECASE)
 
 
 def hub_names(config: Config) -> list[str]:
@@ -53,3 +56,28 @@ def settle(names: Iterable[str]) -> str | None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         return f"{host} cannot be reached ({error.strerror or error}): only what is on this machine is used"
     return None
+
+
+def is_offline() -> bool:
+    """As `huggingface_hub` reads its environment."""
+    asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return asked.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cure(name: str, said: object, otherwise: str, *, revision: str | None = None, dataset: bool = False) -> str:
+    """What to do about a `name` that could not be had: to go online where that is what is missing, else `otherwise`.
+
+    `said`: by the library that looked for it. Offline it says of a file that the cache lacks what it would say of one
+    that does not exist.
+    """
+    if is_local(name) or not _HUB_ID.fullmatch(name):
+        return otherwise
+    if not _UNANSWERED.search(str(said)) and not (is_offline() and _NOT_HERE.search(str(said))):
+        return otherwise
+    unset = ", with HF_HUB_OFFLINE unset" if is_offline() else ""
+    flags = ("--repo-type dataset " if dataset else "") + (f"--revision {revision} " if revision else "")
+    state = "This machine is offline" if dataset else "No folder here has that name, and this machine is offline"
+    return (
+        f"{state}: connect to the hub{unset}; or, where there is a network, run "
+        f"'hf download {flags}{name} --local-dir DIR', and give DIR."
+    )

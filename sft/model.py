@@ -14,6 +14,7 @@ from sft.adapterparts import refuse_unknown_modules, rows_to_train
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
+from sft.hub import cure
 from sft.runfolder import RunFolder
 
 Precision = Literal["bf16", "mixed", "fp32"]
@@ -92,9 +93,10 @@ def load_base(
                 "model.trust_remote_code: true (sft chat and sft export: --trust-remote-code), or choose a model that "
                 "transformers knows by itself."
             ) from error
+        right = "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
         raise ModelError(
             f"model.name: {name!r} could not be loaded: {_first_line(error)} "
-            "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
+            + cure(name, error, right, revision=revision)
         ) from error
     if device is not None and quantization is None:
         model.to(device)
@@ -207,9 +209,10 @@ def _continue_adapter(model: Any, adapter: str, peft_model_type: Any, trained_dt
             model, adapter, is_trainable=True, autocast_adapter_dtype=trained_dtype == torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
+        right = "Use the adapter with the base model it was trained on."
         raise ModelError(
-            f"model.adapter: {adapter!r} does not fit this model: {_first_line(error)} "
-            "Use the adapter with the base model it was trained on."
+            f"model.adapter: {adapter!r} cannot be put on this model: {_first_line(error)} "
+            + cure(adapter, error, right)
         ) from error
     _cast_trained(peft_model, trained_dtype)
     return peft_model

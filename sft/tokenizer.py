@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import ModelError, TemplateError, did_you_mean
+from sft.hub import cure
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_markers, parse, pin_clock
 
 BUILT_IN = ("chatml", "zephyr", "tulu")
@@ -147,9 +148,10 @@ def read_tokenizer(folder_or_id: str, revision: str | None, trust_remote_code: b
         return AutoTokenizer.from_pretrained(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        right = "Check the name, or point it at a folder that holds tokenizer.json."
         raise ModelError(
             f"model.name: no tokenizer could be loaded from {folder_or_id!r}: {first} "
-            "Check the name, or point it at a folder that holds tokenizer.json."
+            + cure(folder_or_id, error, right, revision=revision)
         ) from error
 
 

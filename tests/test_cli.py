@@ -250,6 +250,31 @@ def test_an_unreachable_hub_is_noticed_in_seconds_not_half_a_minute() -> None:
     warning, error = out.stderr.splitlines()
     assert re.match(r"warning: localhost cannot be reached \(.*\): only what is on this machine is used$", warning)
     assert error.startswith("error: model.name: no tokenizer could be loaded from 'nobody/nothing'")
+    assert "this machine is offline: connect to the hub" in error
+    assert "Check the name" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "offline", "cured"),
+    [
+        ("me/tiny", "We couldn't connect to 'https://hub' to load the files", "0",
+         "connect to the hub; or, where there is a network, run 'hf download --revision v1 me/tiny --local-dir DIR'"),
+        ("me/tiny", "We couldn't connect to 'https://hub' to load the files", "1", "with HF_HUB_OFFLINE unset"),
+        ("me/tiny", "me/tiny does not appear to have a file named model.safetensors", "true", "connect to the hub"),
+        ("gpt2", "Can't find 'adapter_config.json' at 'gpt2'", "1", "connect to the hub"),
+        ("me/tiny", "me/tiny does not appear to have a file named model.safetensors", "0", "Check it."),
+        ("me/tiny", "size mismatch for base_model.model.lm_head", "1", "Check it."),
+        ("./me/tiny", "Can't find 'adapter_config.json' at './me/tiny'", "1", "Check it."),
+        ("runs/me/tiny", "Can't find 'adapter_config.json' at 'runs/me/tiny'", "1", "Check it."),
+    ],
+)  # fmt: skip
+def test_a_name_that_cannot_be_had_offline_is_told_so(
+    name: str, said: str, offline: str, cured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.hub import cure
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    assert cured in cure(name, said, "Check it.", revision="v1")
 
 
 def test_the_hub_is_only_asked_where_a_name_needs_it(tmp_path: Path) -> None:

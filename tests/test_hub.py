@@ -136,7 +136,8 @@ def test_splits_subsets_revisions_and_what_is_missing(tmp_path: Path) -> None:
             "me/rows: revision 'v1' cannot be had without the hub: of its local cache, datasets serves commit "
             f"{commit_of(NEW)}. Connect, or set revision to that commit"
         )
-        assert "Connect to the hub; or, where there is a network, run 'hf download --repo-type dataset" in unknown
+        assert "This machine is offline: connect to the hub, with HF_HUB_OFFLINE unset; or, where there" in unknown
+        assert "run 'hf download --repo-type dataset me/none --local-dir DIR', and give DIR." in unknown
         assert ask({**env, "HF_TOKEN": TOKEN}, {"path": "me/gated", "split": "test"})[0][0] == [
             ["me/gated[test]:row 1", row("four")]
         ]

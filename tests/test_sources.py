@@ -246,7 +246,7 @@ def test_what_is_not_there_is_said_with_the_nearest_name(here: Path) -> None:
 def test_a_hub_id_that_cannot_be_had_says_what_to_check(here: Path) -> None:
     assert source_files("someone/no-such-data") == []
     with pytest.raises(
-        DataError, match=r"no-such-data: .*\(split 'train', subset 'main', revision 'abc'\) .*Connect to"
+        DataError, match=r"no-such-data: .*\(split 'train', subset 'main', revision 'abc'\) .*offline: connect to"
     ):
         found("someone/no-such-data", subset="main", revision="abc")
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.readers import READERS, BadRow, Row, Rows, kind_of, read_file, rows_of_batches
 from sft.errors import DataError, did_you_mean
+from sft.hub import cure
 
 if TYPE_CHECKING:
     from sft.config import Source
@@ -211,14 +212,15 @@ def _load_hub(place: Place) -> Any:
         reason = " ".join(str(told or error).split("Example of usage")[0].split())[:300].rstrip(".")
         raise DataError(
             f"{path}: there is no such file here, and of the hub's dataset ({asked}) this is said: "
-            f"{reason or type(error).__name__}. {_hub_cure(path, reason)}"
+            f"{reason or type(error).__name__}. {_hub_cure(place, reason)}"
         ) from error
     if revision is not None and datasets.config.HF_HUB_OFFLINE:
         _require_cached_revision(data, path, revision)
     return data
 
 
-def _hub_cure(path: str, reason: str) -> str:
+def _hub_cure(place: Place, reason: str) -> str:
+    path = place.path
     cures = {
         "Unknown split": "Set split to one of them",
         "BuilderConfig": "Set subset to one of them",
@@ -227,15 +229,14 @@ def _hub_cure(path: str, reason: str) -> str:
         "gated": "Ask for access on its page, then log in (hf auth login, or HF_TOKEN in the environment)",
         "Revision": "Set revision to a branch, tag or commit that it has",
         "doesn't exist": "Check the name; a private dataset needs a login (hf auth login, or HF_TOKEN)",
-        "Couldn't reach": "Connect to the hub; or, where there is a network, run "
-        f"'hf download --repo-type dataset {path} --local-dir DIR', and give DIR as path",
         "JSON parse error": "Its rows do not fit one table: download them ('hf download --repo-type dataset "
         f"{path} --local-dir DIR') and give DIR as path, where each row is read by itself",
         "scripts are no longer supported": "Look for a revision with Parquet files (refs/convert/parquet), or download "
         "its rows and name the files",
     }
-    found = (cure for said, cure in cures.items() if said in reason)
-    return next(found, "Check path, split, subset, revision and the network; or download it and name the files")
+    whatever = "Check path, split, subset, revision and the network; or download it and name the files"
+    found = next((cured for said, cured in cures.items() if said in reason), whatever)
+    return cure(path, reason, found, revision=place.revision, dataset=True)
 
 
 def _require_cached_revision(data: Any, path: str, revision: str) -> None:
