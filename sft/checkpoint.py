@@ -19,8 +19,8 @@ import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,10 @@ class CheckpointStore:
         self.expected_bytes = 0  # of one checkpoint, where the caller can tell before the first
         self._protected: int | None = None
         self._newest: int | None = None
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._saving: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # The thread is there from now on: where memory is short, starting one can fail, or wait for ever (CPython).
+        self._writer.submit(int).result()
         self._whole: dict[Path, bool] = {}  # verified once a process: damage found later costs at most a kept copy
 
     def protect(self, step: int | None) -> None:
@@ -144,8 +146,7 @@ class CheckpointStore:
         """
         self.wait()
         self._newest = step
-        self._thread = threading.Thread(target=self._run, args=(step, write, protect), name=f"checkpoint-{step}")
-        self._thread.start()
+        self._saving = self._writer.submit(self._run, step, write, protect)
 
     def steps(self) -> list[int]:
         """Steps whose checkpoints are published, and the one that is being written."""
@@ -160,25 +161,18 @@ class CheckpointStore:
 
     def settle(self) -> BaseException | None:
         """Until the save under way has ended, and its error if it met one: for a run that already fails for another."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        return error
+        saving, self._saving = self._saving, None
+        return None if saving is None else saving.exception()
 
     def poll(self) -> None:
         """Raise the error that a save in the background has met, if any. Never waits."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def _run(self, step: int, write: Callable[[Path], None], protect: int | None) -> None:
-        try:
-            self._publish(step, write)
-            self._protected = protect
-            self._rotate(step)
-        except BaseException as error:  # carried to the training thread, which raises it in wait() or poll()
-            self._error = error
+        self._publish(step, write)
+        self._protected = protect
+        self._rotate(step)
 
     def _publish(self, step: int, write: Callable[[Path], None]) -> None:
         final = self._root / f"step-{step:08d}"

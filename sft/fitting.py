@@ -1,7 +1,7 @@
 """The largest micro-batch that fits into memory, found with passes like those of a step.
 
 `largest` is the search, a function of measurements alone; `StepMemory` measures: on CUDA by the allocator's peaks, on
-a CPU by the process's footprint under the limits that hold for it.
+a CPU by the process's growth under the limits that hold for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import nn
 from torch.func import functional_call
 
 from sft.data.collate import flat, padded, to_device
-from sft.limits import HighWater, give_back, rooms
+from sft.heap import give_back, keep_freed_memory
+from sft.limits import resident_bytes, rooms
 from sft.trainee import Trainee, loss_sum
 from sft.types import Batch, Example
 
@@ -172,16 +173,16 @@ class StepMemory:
         return Used(peak - len(ballast), peak / max(room, 1))
 
     def _on_host(self, tokens: int) -> Used | None:
+        keep_freed_memory()
         release(self.device)
         free = rooms()
         if any(room.kills and self.missing_bytes > SHARE * room.bytes for room in free):
             return None
-        with HighWater() as water:
-            ballast = torch.ones(self.missing_bytes, dtype=torch.uint8)
-            self._run(tokens)
-        grown = [water.most.towards(room) - water.before.towards(room) for room in free]
-        share = max(growth / max(room.bytes, 1) for growth, room in zip(grown, free, strict=True))
-        return Used(water.most.resident - water.before.resident - len(ballast), share)
+        before = resident_bytes()
+        ballast = torch.ones(self.missing_bytes, dtype=torch.uint8)
+        self._run(tokens)
+        grown = resident_bytes() - before  # what the passes freed has stayed: this is their peak
+        return Used(grown - len(ballast), max(grown / max(room.bytes, 1) for room in free))
 
     def _run(self, tokens: int) -> None:
         batch = to_device(self._batch(tokens), self.device)

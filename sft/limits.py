@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from sft.heap import free_bytes_in_heap
 
 CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroups of version 1 spell "no limit" as a number near 2**63
@@ -16,49 +15,35 @@ _UNLIMITED = 1 << 60  # cgroups of version 1 spell "no limit" as a number near 2
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`bytes` are left below `limit`. `counts`: what of this process grows towards it."""
+    """`bytes` are left below `limit`. `kills`: beyond it the kernel ends the process, where another limit would only
+    refuse the memory."""
 
     name: str
     limit: int
     bytes: int
-    counts: Literal["resident", "address space"]
-
-    @property
-    def kills(self) -> bool:
-        """Beyond it the kernel ends the process, where another limit would only refuse the memory."""
-        return self.counts == "resident"
+    kills: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes of this process."""
-
-    resident: int
-    address_space: int
-
-    def towards(self, room: Room) -> int:
-        return self.resident if room.counts == "resident" else self.address_space
-
-
-def footprint() -> Footprint:
+def resident_bytes() -> int:
+    """Of this process, in memory."""
     import psutil
 
-    memory = psutil.Process().memory_info()
-    return Footprint(int(memory.rss), int(memory.vms))
+    return int(psutil.Process().memory_info().rss)
 
 
 def rooms() -> list[Room]:
     """What is left under each limit that holds for this process: ulimit, container (cgroup), machine."""
     import psutil
 
-    now, machine = footprint(), psutil.virtual_memory()
-    found = [Room("this machine's memory", int(machine.total), int(machine.available), "resident")]
+    machine = psutil.virtual_memory()
+    found = [Room("this machine's memory", int(machine.total), int(machine.available), kills=True)]
+    addresses = int(psutil.Process().memory_info().vms) - free_bytes_in_heap()  # those that the heap can give again
     for kind, name in ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            found.append(Room(name, soft, max(0, soft - now.address_space), "address space"))
+            found.append(Room(name, soft, max(0, soft - addresses), kills=False))
     found += [
-        Room("this container's memory limit", limit, max(0, limit - used), "resident")
+        Room("this container's memory limit", limit, max(0, limit - used), kills=True)
         for limit, used in _cgroup_limits(Path("/proc/self/cgroup"), CGROUPS)
     ]
     return found
@@ -101,53 +86,3 @@ def _read_limit(folder: Path, limit_name: str, usage_name: str, cache_name: str)
     if not limit.isdigit() or int(limit) >= _UNLIMITED:
         return None
     return int(limit), used - int(numbers.get(cache_name, 0))
-
-
-def give_back() -> None:
-    """Returns freed memory to the system, so that what is measured afterwards is in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-class HighWater:
-    """The largest footprint while it is entered, looked at every few milliseconds. MemoryError where a thread for
-    that, or what it needs, is refused."""
-
-    def __init__(self, pause_s: float = 0.002) -> None:
-        self._pause_s = pause_s
-        self._awake, self._done = threading.Event(), threading.Event()
-        self._refused: Exception | None = None
-        self._thread = threading.Thread(target=self._watch, name="high-water", daemon=True)
-        self.before = self.most = Footprint(0, 0)
-
-    def __enter__(self) -> HighWater:
-        try:
-            self._thread.start()
-        except RuntimeError as error:  # "can't start new thread": its stack was refused
-            raise MemoryError(str(error)) from error
-        self._awake.wait()  # a thread brings its own stack and heap, which are not what is measured
-        self.before = self.most = footprint()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        if self._refused is not None:
-            raise MemoryError("watching the memory took more than there is") from self._refused
-        self._look()
-
-    def _watch(self) -> None:
-        try:
-            self._look()
-            self._awake.set()
-            while not self._done.wait(self._pause_s):
-                self._look()
-        except (MemoryError, OSError) as error:
-            self._refused = error
-        finally:
-            self._awake.set()
-
-    def _look(self) -> None:
-        now = footprint()
-        self.most = Footprint(max(now.resident, self.most.resident), max(now.address_space, self.most.address_space))

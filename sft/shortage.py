@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from sft.batches import Join, StepFeed
 from sft.errors import DeviceError
 from sft.fitting import SHARE, Fit, is_out_of_memory, largest, release
+from sft.heap import keep_freed_memory
 from sft.limits import tightest
 from sft.memory import ModelShape, activation_bytes, estimate, logit_bytes, model_shape
 from sft.setup import Job, bytes_in_use, step_memory
@@ -25,21 +25,19 @@ if TYPE_CHECKING:
 _SMALLEST = 64  # tokens of an example below which nobody trains
 
 
-@contextmanager
-def shortage_explained(session: Session, watchdog: Watchdog) -> Iterator[None]:
-    """A DeviceError in place of the first refusal of memory."""
-    failure: DeviceError | None = None
+def explain_shortage(session: Session, watchdog: Watchdog, work: Callable[[], int]) -> int:
+    """What `work` returns; a DeviceError in place of the first refusal of memory."""
     try:
-        yield
+        return work()
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # lets go of the tensors that fill the memory
-        failure = DeviceError(str(error).splitlines()[0] if str(error) else "out of memory")
-    if failure is not None:
-        doing = watchdog.phase
-        watchdog.beat("measuring which micro-batch fits")
-        raise DeviceError(explanation(session, doing)) from failure
+        first_line = str(error).splitlines()[0] if str(error) else "out of memory"
+    # The error is gone by here, and with its traceback the frames and closures that hold the tensors of the failed
+    # pass. A context manager would measure while they still fill the memory.
+    doing = watchdog.phase
+    watchdog.beat("measuring which micro-batch fits")
+    raise DeviceError(explanation(session, doing)) from DeviceError(first_line)
 
 
 @contextmanager
@@ -107,25 +105,27 @@ def _switches(job: Job, config: Config) -> list[tuple[bool, str]]:
 
 
 def what_fits(job: Job, config: Config, *, longest: int | None, ceiling: int, floor: int | None = None) -> Fit | None:
-    """The most tokens of a micro-batch: measured, or computed where measuring needs the other ranks.
+    """The most tokens of a micro-batch: measured, or computed where measuring needs the other ranks, or a C library
+    that keeps freed memory.
 
     `longest`: tokens of an example; None: one example fills the micro-batch.
     """
     floor = floor or longest or 1
     attempt = step_memory(job, config, longest)
-    if job.is_sharded:
+    if job.is_sharded or not (job.device.type == "cuda" or keep_freed_memory()):
         return _computed(job, floor, ceiling, attempt.missing_bytes)
     return largest(attempt, floor=floor, ceiling=ceiling)
 
 
 def _computed(job: Job, floor: int, ceiling: int, to_come: int) -> Fit | None:
-    """For a sharded model: what the tensors that autograd keeps take, and one layer gathered whole."""
+    """What the tensors that autograd keeps take, and one layer gathered whole where the model is sharded."""
     shape = model_shape(job.trainee.causal.config.to_dict())
     if shape is None:
         return None
     compute = job.trainee.compute_dtype.itemsize
     per_token = _bytes_per_token(shape, compute, bool(job.resolved.get("gradient_checkpointing")))
     gathered = 2 * compute * (shape.linear_parameters // shape.layers + shape.embedding_parameters)
+    gathered *= job.is_sharded
     room = SHARE * _room(job.device)[0] - to_come - gathered - logit_bytes(shape, 0, compute=compute)
     tokens = min(ceiling, int(room / per_token))
     return Fit(tokens, False, per_token) if tokens >= floor else None

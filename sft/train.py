@@ -45,7 +45,7 @@ from sft.runfolder import RunFolder
 from sft.runlock import RunLock
 from sft.schedule import is_due, learning_rate
 from sft.session import Session, open_session
-from sft.shortage import loading_explained
+from sft.shortage import explain_shortage, loading_explained
 from sft.signals import StopRequest
 from sft.trackers import Trackers
 from sft.trainee import loss_sum
@@ -131,10 +131,12 @@ def _train(
                     lambda: f"rank {rank}, after step {session.state.step}",
                     lambda reason: note_failure(folder, EXIT_FAILED, reason),
                 ) as watchdog,
-                trouble_explained(session, watchdog),
+                trouble_explained(session),
                 Trackers(session) as trackers,
             ):
-                code = _loop(session, stop, watchdog, trackers, console.step)
+                code = explain_shortage(
+                    session, watchdog, lambda: _loop(session, stop, watchdog, trackers, console.step)
+                )
         leave()
         return code
     finally:

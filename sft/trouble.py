@@ -1,4 +1,4 @@
-"""Trouble put into words and into status.json: memory that ran out, another rank that ended, any failure."""
+"""Trouble put into words and into status.json: another rank that ended, numbers that are none, any failure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from sft.distributed import LostContact, gather
 from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
-from sft.shortage import shortage_explained
-from sft.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sft.batches import StepData
@@ -27,10 +25,10 @@ _CONTACT = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote
 
 
 @contextmanager
-def trouble_explained(session: Session, watchdog: Watchdog) -> Iterator[None]:
-    """Memory that ran out, and ranks that end because another did, in words. A save under way is let finish."""
+def trouble_explained(session: Session) -> Iterator[None]:
+    """Ranks that end because another did, in words. A save under way is let finish."""
     try:
-        with told_apart(session.job.rank, session.job.world), shortage_explained(session, watchdog):
+        with told_apart(session.job.rank, session.job.world):
             yield
     finally:
         if unsaved := session.store.settle():

@@ -35,3 +35,28 @@ def test_blocks_that_were_freed_are_used_again() -> None:
 
 def test_control_without_it_every_page_is_taken_anew() -> None:
     assert run("plain") == ["None", "5"]
+
+
+FREE = """
+import numpy
+from sft.heap import free_bytes_in_heap, give_back, keep_freed_memory
+from sft.limits import resident_bytes
+kept = keep_freed_memory()
+blocks = [numpy.ones(1_000_000, dtype=numpy.uint8) for _ in range(50)]
+pinned = numpy.ones(1_000_000, dtype=numpy.uint8)  # behind them, so that their addresses stay
+resident, free = resident_bytes(), free_bytes_in_heap()
+del blocks
+print(kept, (free_bytes_in_heap() - free) // 10**6, (resident - resident_bytes()) // 10**6)
+give_back()
+print((free_bytes_in_heap() - free) // 10**6, (resident - resident_bytes()) // 10**6)
+"""
+
+
+def test_what_was_freed_is_free_in_the_heap_and_resident_until_it_is_given_back() -> None:
+    found = subprocess.run([sys.executable, "-c", FREE], capture_output=True, text=True, check=True).stdout.split()
+    if found[0] == "False":
+        pytest.skip("this C library has no mallopt")
+    free, given, free_after, given_after = (int(megabytes) for megabytes in found[1:])
+    assert (free, given) == (50, 0)
+    assert free_after in (49, 50)
+    assert 45 <= given_after <= 55

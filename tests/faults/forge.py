@@ -130,12 +130,10 @@ def child(request: dict[str, Any]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """As the interpreter would: threads that are not daemons are waited for, streams are flushed."""
+    """As the interpreter would: pools end, threads that are not daemons are waited for, streams are flushed."""
     import threading
 
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # what the interpreter itself calls at its end; there is no public name for it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

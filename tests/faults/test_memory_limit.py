@@ -56,7 +56,7 @@ def told(outcome: Outcome, *texts: str) -> None:
         assert text in outcome.output
 
 
-# slow, all of them: how much address space threads reserve varies from run to run, and the margins here are narrow
+# slow, all of them, since what advises is measured, and what is advised is run
 @pytest.mark.slow
 def test_the_advised_micro_batch_trains_under_the_limit_that_refused_the_other(tmp_path: Path) -> None:
     job = large_job(tmp_path / "job", long_rows(10, 150, 240), "batch.micro_tokens=100000")
@@ -77,10 +77,10 @@ def test_the_advised_micro_batch_trains_under_the_limit_that_refused_the_other(t
 def test_much_more_than_the_advised_micro_batch_does_not_train(tmp_path: Path) -> None:
     """The control: the advice is not merely small."""
     job = large_job(tmp_path / "job", long_rows(16, 150, 240), "batch.micro_tokens=100000")
-    limit = {"more_memory": 230 * MEGABYTE}
+    limit = {"more_memory": 170 * MEGABYTE}
     tokens = advised(job.run(**limit), "batch.micro_tokens")
     assert tokens * 1.5 < 6500
-    assert job.run(f"batch.micro_tokens={round(tokens * 1.6)}", **limit).codes != [0]
+    told(job.run(f"batch.micro_tokens={round(tokens * 1.5)}", **limit), "out of memory on cpu")
 
 
 @pytest.mark.slow
