@@ -224,25 +224,36 @@ def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
 
 
 def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
-    """The template, told to get arguments of tool calls as JSON text where it objects to objects alone."""
+    """The template, told to get arguments of tool calls as JSON text where it objects to objects alone, or writes them
+    as Python prints them (`{'pitch': 'high'}`), which no parser of tool calls reads."""
     function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
-    call = {"id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": "high"}}}
+    arguments = {"pitch": "high"}
+    call = {"id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": arguments}}
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call00001", "name": PROBE_TOOL, "content": PROBE_ANSWER},
     ]  # fmt: skip
     tools = [{"type": "function", "function": function}]
-    in_json = replace(chat, json_arguments=True)
-    try:
-        chat.render([asked], tools, generation_prompt=True)
-    except TemplateError:
+
+    def written(by: ChatTemplate) -> str | None:
         try:
-            in_json.render([asked], tools, generation_prompt=True)
+            return by.render([asked], tools, generation_prompt=True)[0]
         except TemplateError:
-            return chat  # it takes no such conversation at all; each row is told why
+            return None
+
+    plain, in_json = written(chat), replace(chat, json_arguments=True)
+    if plain is not None and str(arguments) not in plain:
+        return chat
+    text = written(in_json)
+    if text is not None and repr(json.dumps(arguments)) not in text:  # in quotes, it is within a call printed whole
         notes.append("the template reads the arguments of tool calls as text: they are given to it as JSON text")
         return in_json
-    return chat
+    if plain is not None:
+        notes.append(
+            f"the template writes tool calls as Python prints them, with {arguments}, which is no JSON: where rows "
+            "hold some, check that what serves the model reads such calls, or choose another template"
+        )
+    return chat  # or it takes no such conversation at all; each row is told why
 
 
 def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -242,8 +242,13 @@ CALLING = (
 )  # fmt: skip
 
 
-def test_a_template_that_reads_arguments_as_text_gets_json(tmp_path: Path) -> None:
-    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, WANTS_TEXT, None, "<|im_end|>", ())))
+PRINTS = WANTS_TEXT.replace("+ ' ' + call['function']['arguments']", "}} {{ call['function']['arguments']")
+
+
+@pytest.mark.parametrize("template", [WANTS_TEXT, PRINTS])
+def test_a_template_that_reads_arguments_as_text_gets_json(tmp_path: Path, template: str) -> None:
+    """One that adds them to a string objects to objects; one that prints them would print Python's `{'city': …}`."""
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, template, None, "<|im_end|>", ())))
     assert any("arguments of tool calls as text" in note for note in bundle.notes)
     (example,) = Encoder(bundle, EncodeSettings()).encode(Conversation(CALLING, "a.jsonl:1")).examples
     trained = bundle.tokenizer.decode(example.input_ids_T[example.weights_T > 0])
@@ -262,6 +267,17 @@ def test_arguments_are_objects_where_a_template_takes_them_or_takes_nothing(temp
     notes: list[str] = []
     assert fit_arguments(chat, notes) is chat
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    "printed", ["call['function']", "call['function']['arguments'] | string ~ call.function.arguments.pitch.upper()"]
+)
+def test_calls_that_can_only_be_printed_as_python_does_are_a_note(printed: str) -> None:
+    chat = ChatTemplate(*[PRINTS.replace("call['function']['arguments']", printed)] * 2)
+    notes: list[str] = []
+    assert fit_arguments(chat, notes) is chat
+    (note,) = notes
+    assert "as Python prints them, with {'pitch': 'high'}, which is no JSON" in note
 
 
 def test_nothing_to_stop_at_is_an_error(tmp_path: Path) -> None:
