@@ -244,8 +244,9 @@ def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
     plain, in_json = written(chat), replace(chat, json_arguments=True)
     if plain is not None and str(arguments) not in plain:
         return chat
-    text = written(in_json)
-    if text is not None and repr(json.dumps(arguments)) not in text:  # in quotes, it is within a call printed whole
+    text, as_json = written(in_json), json.dumps(arguments)
+    # In quotes it is within a call that is printed whole.
+    if text is not None and (plain is None or (as_json in text and repr(as_json) not in text)):
         notes.append("the template reads the arguments of tool calls as text: they are given to it as JSON text")
         return in_json
     if plain is not None:

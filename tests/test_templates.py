@@ -270,7 +270,12 @@ def test_arguments_are_objects_where_a_template_takes_them_or_takes_nothing(temp
 
 
 @pytest.mark.parametrize(
-    "printed", ["call['function']", "call['function']['arguments'] | string ~ call.function.arguments.pitch.upper()"]
+    "printed",
+    [
+        "call['function']",
+        "call['function']['arguments'] | string ~ call.function.arguments.pitch.upper()",
+        "call['function']['arguments'] if call['function']['arguments'] is mapping",
+    ],
 )
 def test_calls_that_can_only_be_printed_as_python_does_are_a_note(printed: str) -> None:
     chat = ChatTemplate(*[PRINTS.replace("call['function']['arguments']", printed)] * 2)
