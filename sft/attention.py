@@ -5,6 +5,7 @@ with it takes one row of N tokens (batch size 1) and the keyword arguments of `s
 models hand down to every attention layer. Cost follows the sum of squared segment lengths.
 
 - CUDA, half precision, no soft cap or sink: PyTorch's variable-length attention (`torch.nn.attention.varlen`).
+- CPU, bfloat16: plain products, segment by segment; long segments in blocks (`sft.longattention`).
 - elsewhere: scaled dot-product attention, segment by segment.
 - soft caps (Gemma 2) and sinks (gpt-oss): written out in plain operations, segment by segment.
 
@@ -22,8 +23,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from sft.longattention import attend_long
+
 FLAT = "sft_flat"
 SHORT_TOKENS = 512
+"""From here on computing shares anew, for the causal half, takes no longer than keeping them, for the whole square."""
 
 Tensor = torch.Tensor
 
@@ -96,9 +100,12 @@ def flat_attention(
 def _attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float, window: int | None, **_: Any
 ) -> Tensor:
+    products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and dropout == 0.0
+    if products and query.shape[2] > SHORT_TOKENS:
+        long: Tensor = attend_long(query, key, value, scale=scale, window=window)
+        return long
     mask = _window_mask(query.shape[2], window, query.device)
-    short = query.shape[2] <= SHORT_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if short and dropout == 0.0:
+    if products:
         return _attend_short(query, key, value, mask, scale=scale)
     key, value = _for_each_head(query, key, value)
     return F.scaled_dot_product_attention(

@@ -45,7 +45,7 @@ FLOORS: dict[float, str] = {
 
 # Answer at once, so they import without torch: floors 0 and 1 but for two files, the sweep and what it needs, and
 # the command line.
-HEAVY_BELOW_2 = {"loss", "liger", "attention", "distributed", "meeting"}
+HEAVY_BELOW_2 = {"loss", "liger", "attention", "longattention", "distributed", "meeting"}
 LIGHT_ABOVE = {"sweepspace", "sweepfile", "trial", "sweeprun", "sweep", "__main__"}
 
 
