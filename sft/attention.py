@@ -7,7 +7,7 @@ models hand down to every attention layer. Cost follows the sum of squared segme
 - CUDA, half precision, no soft cap or sink: PyTorch's variable-length attention (`torch.nn.attention.varlen`).
 - CPU, bfloat16: plain products, segment by segment; long segments in blocks (`sft.longattention`).
 - elsewhere: scaled dot-product attention, segment by segment.
-- soft caps (Gemma 2) and sinks (gpt-oss): written out in plain operations, segment by segment.
+- soft caps (Gemma 2) and sinks (gpt-oss): written out in plain operations, segment by segment; long ones in blocks.
 
 A model whose attention ignores what is passed here, or mixes tokens in other ways (linear attention, convolutions),
 is found out by `sft.proof`, which compares with the examples run alone.
@@ -157,6 +157,9 @@ def _attend_plain(
 ) -> Tensor:
     """Soft cap: cap * tanh(scores / cap). Sinks: one extra column of scores a head, dropped after the softmax."""
     length = query.shape[2]
+    if length > SHORT_TOKENS and dropout == 0.0:
+        long: Tensor = attend_long(query, key, value, scale=scale, window=window, softcap=softcap, sinks_H=sinks)
+        return long
     key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:

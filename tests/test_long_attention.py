@@ -24,7 +24,15 @@ def inputs(length: int, heads: int = 6, kv_heads: int = 2, dtype: torch.dtype = 
     )
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks_H: Tensor | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Written out, head by head, in the words of the definition."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     hidden = torch.tensor(
@@ -33,7 +41,11 @@ def eager(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) 
     outs = []
     for head in range(query.shape[1]):
         scores = query[0, head] @ key[0, head // groups].T * SCALE
-        outs.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value[0, head // groups])
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.masked_fill(hidden, float("-inf")).exp()
+        sink = 0.0 if sinks_H is None else sinks_H[head].exp()
+        outs.append(weights / (weights.sum(-1, keepdim=True) + sink) @ value[0, head // groups])
     return torch.stack(outs)[None]
 
 
@@ -51,6 +63,56 @@ def test_equals_eager_softmax(length: int, block: int, window: int | None, kv_he
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
     for mine, other in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("length", "block"), [(7, 8), (33, 8)])
+def test_soft_caps_and_sinks_equal_eager(
+    length: int, block: int, with_sinks: bool, softcap: float | None, window: int | None
+) -> None:
+    tensors = inputs(length)
+    if with_sinks:
+        tensors = (*tensors, torch.linspace(-1, 2, 6, dtype=torch.float64, requires_grad=True))
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, sinks_H: Tensor | None = None) -> Tensor:
+        return attend_long(query, key, value, scale=SCALE, window=window, softcap=softcap, sinks_H=sinks_H, block=block)
+
+    mine, other = ours(*tensors), eager(*tensors, window=window, softcap=softcap)
+    torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+    for one, two in zip(gradients(mine, tensors), gradients(other, tensors), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    if with_sinks or softcap:  # the control: they matter
+        assert (other - eager(*tensors[:3], window=window)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_long_segments_with_caps_and_sinks_equal_short_ones(
+    dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the flat attention, in blocks and written out at once."""
+    tensors = (*inputs(600, dtype=dtype), torch.linspace(-1, 2, 6, requires_grad=True))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sinks_H: Tensor) -> Tensor:
+        return attention._attend_plain(
+            query, key, value, scale=SCALE, dropout=0.0, window=100, softcap=softcap, sinks=sinks_H
+        )
+
+    def kept(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, tensors[3])
+
+    found = []
+    for threshold in (512, 600):
+        monkeypatch.setattr(attention, "SHORT_TOKENS", threshold)
+        out = attend(*tensors)
+        found.append((out, *gradients(out, tensors), kept_bytes(kept, 600)))
+    *blocks, few = found[0]
+    *whole, many = found[1]
+    assert few * 20 < many
+    for mine, other in zip(blocks, whole, strict=True):
+        assert (mine - other).norm() / other.norm() < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("window", [None, 3])
