@@ -3,8 +3,8 @@
 On CPUs the plain bfloat16 products reach more of the machine than the fused kernel does, and on every device they serve
 soft caps and sinks, which no fused kernel knows, without a matrix of size T x T. A block of queries meets only the keys
 that it may see: the prefix up to its own end, or the part of it within the window. For the backward pass only query,
-key and value are kept, O(T), and each block's shares are computed anew, as FlashAttention-2 does (arXiv:2307.08691), by the
-same operations, so that they are the same to the bit.
+key and value are kept, O(T), and each block's shares are computed anew, as FlashAttention-2 does (arXiv:2307.08691), by
+the same operations, so that they are the same to the bit.
 
 Suffixes: K key heads, G query heads that share one of them, T tokens, D head size (that of the values may differ),
 B queries of a block, R = G * B, which go into one product, L keys that a block sees.
