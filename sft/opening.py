@@ -23,7 +23,7 @@ from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, DeviceError, ResumeError, SftError
 from sft.gguf import gguf_file
-from sft.resume import RunState, check_continuation, fingerprint, named_only
+from sft.resume import RunState, check_continuation, check_names, differences, fingerprint, length_of, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 from sft.schedule import Plan, plan, share_or_steps
@@ -103,6 +103,7 @@ def open_run(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """On rank 0: the lock, the old run moved aside, the checkpoint to continue from, or what forbids it."""
+    check_names(allow_change, derived=(liger.KEY,))
     _refuse_strangers_files(folder)
     if fresh and folder.path.exists():
         moved = lock.while_held(folder.move_aside)  # a live owner is named before anything moves
@@ -110,11 +111,11 @@ def open_run(
     check_writable(folder.path)
     lock.acquire()
     check_writable(folder.checkpoints)
-    checkpoint = find_resumable(folder.checkpoints, say)
+    checkpoint, length = find_resumable(folder.checkpoints, say), length_of(loaded.config)
     if checkpoint is None:
         done_at = _end_without_checkpoints(loaded.config, folder, total_steps)
         warmup = warmup_steps(loaded.config, total_steps, None)
-        state = RunState(done_at or 0, fingerprint=print_of_run, warmup_steps=warmup)
+        state = RunState(done_at or 0, fingerprint=print_of_run, warmup_steps=warmup, length=length)
         return {"checkpoint": None, "state": state.as_dict(), "is_done": done_at is not None}
     recorded = read_json(checkpoint / "state.json")
     state = RunState.from_dict(recorded)
@@ -124,10 +125,11 @@ def open_run(
     consents = check_continuation(
         {**state.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
         allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,
+        lengths=differences(state.length, length) if state.length else {},
     )  # fmt: skip
     warmup = warmup_steps(loaded.config, total_steps, recorded)
     state = replace(
-        state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup,
+        state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup, length=length,
         resolved={**state.resolved, liger.KEY: "plain" if lost else kernel},
     )  # fmt: skip
     fault = fault_of_model(folder.final) if folder.final.is_dir() else "not there"

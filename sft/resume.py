@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_origin
 
 from sft.config import Config
-from sft.errors import ResumeError
+from sft.configkeys import all_keys, explain_unknown
+from sft.errors import ResumeError, did_you_mean
+from sft.foreign import answer
 from sft.schedule import peak_learning_rate
 
 # Keys that may change between a run and its continuation: they move no weight.
@@ -21,6 +24,8 @@ LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.
 BY_CONTENT = ("data.train", "data.eval")
 EVAL_CONTENT = "data.eval.content"
+STEPS = "train.steps"
+DERIVED = (STEPS, "data.content", EVAL_CONTENT, "tokenizer", "model.weights")  # of the fingerprint, not of the config
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class RunState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     consents: list[dict[str, Any]] = field(default_factory=list)
+    length: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,9 +61,29 @@ def fingerprint(
     kept = {key: value for key, value in flat.items() if not _under(key, (*FREE_PREFIXES, *BY_CONTENT, *LENGTH_KEYS))}
     kept["optim.lr"] = peak_learning_rate(config)  # auto, and the number it stands for, are the same rate
     if config.optim.schedule != "constant":
-        kept["train.steps"] = total_steps
+        kept[STEPS] = total_steps
     return {**kept, "data.content": data_digest, EVAL_CONTENT: eval_digest, "tokenizer": tokenizer_digest,
             "model.weights": base_digest}  # fmt: skip
+
+
+def length_of(config: Config) -> dict[str, Any]:
+    """What the user wrote of the run's length, by dotted key: the steps of the fingerprint come from it."""
+    return {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
+
+
+def check_names(allowed: Iterable[str], *, derived: Iterable[str] = ()) -> None:
+    """ResumeError for a key of --allow-change that is neither the config's nor among DERIVED or `derived`."""
+    keys = all_keys()
+    known = (*keys, *DERIVED, *derived)
+    mappings = tuple(key for key, info in keys.items() if get_origin(info.annotation) is dict)
+    for key in allowed:
+        plain = re.sub(r"\.\d+(?=\.|$)", ".0", key)  # the items of a list have one name
+        if plain in known or _under(plain, mappings):
+            continue
+        path = tuple(key.split("."))
+        near = "" if answer(path[-1]) else did_you_mean(key, known)
+        why = f"unknown key '{key}'.{near}" if near else explain_unknown(path, Config)
+        raise ResumeError(f"--allow-change: {why}")
 
 
 def named_only(config: Config) -> tuple[str, ...]:
@@ -81,27 +107,38 @@ def check_continuation(
     *,
     allowed: Sequence[str],
     run_dir: str,
+    lengths: Mapping[str, tuple[Any, Any]] | None = None,
     named: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """The consents that this continuation records; what changed of `named` keys is among them, and said.
 
-    ResumeError lists every other change without consent.
+    `lengths`: `{key: (was, is)}` of LENGTH_KEYS that changed; each consents to the steps that come of it. ResumeError
+    lists every other change without consent.
     """
     changed = differences(old, new)
     for key in (key for key in named if key in changed):
         was, now = (_shown(value) for value in changed[key])
         say(f"note: {key} changed since this run began ({was} -> {now}): scores from here on are of other rows")
-    refused = {key: pair for key, pair in changed.items() if not _under(key, (*allowed, *named))}
+    lengths = lengths or {}
+    agreed = (*allowed, *named, *((STEPS,) if any(key in allowed for key in lengths) else ()))
+    refused = {key: pair for key, pair in changed.items() if not _under(key, agreed)}
     if refused:
-        lines = "\n".join(f"  {key}: {_shown(was)} -> {_shown(now)}" for key, (was, now) in refused.items())
-        flags = " ".join(f"--allow-change {key}" for key in refused)
+        lines = "\n".join("  " + _told(key, pair, lengths if key == STEPS else {}) for key, pair in refused.items())
+        flags = " ".join(f"--allow-change {next(iter(lengths), key) if key == STEPS else key}" for key in refused)
         raise ResumeError(
             f"{run_dir}: these changes would alter the training that this run began:\n{lines}\n"
             f"Give this training another run.dir, or start over with --fresh (the old run is moved aside). "
             f"To continue all the same: {flags}"
         )
     return [{"key": key, "was": was, "now": now} for key, (was, now) in changed.items()]
+
+
+def _told(key: str, pair: tuple[Any, Any], lengths: Mapping[str, tuple[Any, Any]]) -> str:
+    """`optim.lr: 0.1 -> 0.2`; with what it comes of, `train.max_steps: 30 -> 40 (train.steps: 30 -> 40)`."""
+    own = f"{key}: {_shown(pair[0])} -> {_shown(pair[1])}"
+    causes = ", ".join(f"{cause}: {_shown(was)} -> {_shown(now)}" for cause, (was, now) in lengths.items())
+    return f"{causes} ({own})" if causes else own
 
 
 def digest_of(*parts: bytes | memoryview) -> str:

@@ -11,6 +11,7 @@ import pytest
 from jobs import events, run_here, write_config
 
 from sft.errors import DataError, ResumeError, SftError
+from sft.resume import check_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -84,3 +85,58 @@ def test_another_base_under_the_same_name_is_refused(tmp_path: Path, model: Path
     weights.write_bytes(bytes(content))
     with pytest.raises(SftError, match=r"model\.weights: "):
         run_here(config, "train.max_steps=4")
+
+
+def test_more_steps_of_a_decaying_run_are_consented_to_by_the_key_that_was_changed(tmp_path: Path, model: Path) -> None:
+    config = write_config(tmp_path, model)
+    run_here(config, "train.max_steps=2")
+    told = (
+        r"\n  train\.max_steps: 2 -> 3 \(train\.steps: 2 -> 3\)\n"
+        r"(.*\n)*.*all the same: --allow-change train\.max_steps$"
+    )
+    for allowed in ([], ["train.epochs"], ["optim.lr"]):
+        with pytest.raises(ResumeError, match=told):
+            run_here(config, "train.max_steps=3", allow_change=allowed)
+    run_here(config, "train.max_steps=3", allow_change=["train.max_steps"])
+    with pytest.raises(ResumeError, match=r"--allow-change optim\.lr --allow-change train\.max_steps$"):
+        run_here(config, "train.max_steps=4", "optim.lr=1")
+    run = run_here(config, "train.max_steps=4", allow_change=["train.steps"])
+    assert [e["step"] for e in events(run)] == [1, 2, 3, 4]
+
+
+def test_steps_that_come_of_something_else_are_not_the_length_s(tmp_path: Path, model: Path) -> None:
+    config = write_config(tmp_path, model, train__max_steps=None, train__epochs=1, batch__examples=10)
+    run_here(config)
+    with pytest.raises(ResumeError, match=r"--allow-change batch\.examples --allow-change train\.steps$"):
+        run_here(config, "batch.examples=5", allow_change=["train.max_steps", "train.epochs"])
+    told = r"train\.epochs: 1(\.0)? -> 2(\.0)? \(train\.steps: 2 -> 4\)"
+    with pytest.raises(ResumeError, match=told):
+        run_here(config, "train.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train.max_step", r"unknown key 'train\.max_step'\. Did you mean 'train\.max_steps'\?"),
+        ("data.contents", r"unknown key 'data\.contents'\. Did you mean 'data\.content'\?"),
+        ("loss_kernal", r"Did you mean 'loss_kernel'\?"),
+        ("lr", r"unknown key 'lr'\. The key is 'optim\.lr'\."),
+        ("learning_rate", r"unknown key 'learning_rate'\. Here it is 'optim\.lr'"),
+        ("data.train.1.paht", r"Did you mean 'data\.train\.0\.path'\?"),
+    ],
+)
+def test_unknown_keys_to_allow_are_refused_before_anything_moves(
+    tmp_path: Path, model: Path, key: str, hint: str
+) -> None:
+    with pytest.raises(ResumeError, match=f"--allow-change: .*{hint}"):
+        run_here(write_config(tmp_path, model), allow_change=["optim.lr", key])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_keys_of_the_config_and_of_the_fingerprint_may_be_allowed() -> None:
+    check_names(
+        ["optim", "optim.lr", "train.steps", "train.epochs", "data.eval", "data.eval.content", "data.train.3.path",
+         "data.template_args.enable_thinking", "data.train.1.columns.prompt", "model.lora.rank", "tokenizer",
+         "model.weights"]
+    )  # fmt: skip
+    check_names(["loss_kernel"], derived=["loss_kernel"])
