@@ -23,6 +23,7 @@ SERVING_SAMPLES = 4
 def finish(session: Session, *, reason: str) -> None:
     """Writes what remains of a run. A collective where the model is sharded. `reason`: why it ended early, or ""."""
     best = _best_step(session)
+    rounded = _round_as_saved(session) if best is None else None
     weights = session.trained_weights(copy=False) if best is None else {}
     if session.job.is_first:
         final, staging = session.folder.final, session.folder.path / ".staging-final"
@@ -31,7 +32,11 @@ def finish(session: Session, *, reason: str) -> None:
             session.write_model(staging, weights, dtype=_saved_dtype(session))
         else:
             _write_best(session, session.folder.checkpoints / f"step-{best:08d}" / "model", staging)
-        serving = {**_serve(session, staging, live=best is None), "step": best or session.state.step}
+        serving = {
+            **_serve(session, staging, live=best is None),
+            "step": best or session.state.step,
+            "rounded": rounded,
+        }
         write_json(session.folder.path / "serving.json", serving)
         session.say(f"serving check: {describe(serving)}")
         write_text(staging / "README.md", run_card(session.folder.path) or "")
@@ -39,6 +44,24 @@ def finish(session: Session, *, reason: str) -> None:
         session.folder.write_status("done", code=EXIT_DONE, reason=reason, step=session.state.step)
         session.say(f"done: {final}, {_report(session.folder.path)}")
     wait_for_all()
+
+
+def _round_as_saved(session: Session) -> dict[str, Any] | None:
+    """Rounds the weights to the dtype that final/ keeps, and scores them once more: what is reported last is what is
+    saved. A short run at a small learning rate can lose much of its gain there. None where nothing is rounded, or
+    nothing is held out. A collective; a sharded model is left as it is."""
+    dtype, trainee = _saved_dtype(session), session.job.trainee
+    kept = {parameter.dtype for parameter in trainee.parameters()}
+    if dtype is None or kept <= {dtype} or session.job.is_sharded or session.data.eval is None:
+        return None
+    trained = session.scores("eval.loss").get(session.state.step)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter.copy_(parameter.to(dtype))
+    scores = session.score_held_out()
+    assert scores is not None
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "loss": scores["loss"], "loss_as_trained": trained, "step": session.state.step}
 
 
 def _report(folder: Path) -> Path:

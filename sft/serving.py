@@ -119,7 +119,17 @@ def describe(result: Mapping[str, Any]) -> str:
     )
     if not result["stop_tokens"]:
         ended += " (the saved generation config names no stop token)"
-    return f"{exact}. {ended}."
+    return f"{exact}. {ended}.{_rounding(result.get('rounded'))}"
+
+
+def _rounding(rounded: Mapping[str, Any] | None) -> str:
+    """What saving in 16 bits changed, where it was measured."""
+    if rounded is None or rounded["loss"] is None or rounded["loss_as_trained"] is None:
+        return ""
+    return (
+        f" final/ is saved in {rounded['dtype']}: held-out loss {rounded['loss']:.4f} there, "
+        f"{rounded['loss_as_trained']:.4f} as trained (checkpoints/step-{rounded['step']:08d}/model)."
+    )
 
 
 def prompt_difference(

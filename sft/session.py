@@ -59,10 +59,29 @@ class Session:
     def evaluate(
         self, step: int, asked_to_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float | int | None] | None:
-        """Scores the held-out split, each row once across ranks, and answers its first prompts.
+        """Scores the held-out split, answers its first prompts, and records both.
 
         None where any rank is asked to stop on the way: nothing is recorded, and the resumed run evaluates this step.
         """
+        split = self.data.eval
+        assert split is not None
+        scores = self.score_held_out(asked_to_stop)
+        if scores is None:
+            return None
+        with inference_mode_of(self.job.trainee):
+            samples = self._samples(split.samples[: self.config.eval.samples])
+        if self.job.is_first:
+            self.metrics.append({"event": "eval", "step": step, **scores})
+            if samples:
+                self.metrics.append({"event": "samples", "step": step, "samples": samples})
+            self.say(
+                f"step {step}: held-out loss {_short(scores['loss'])}, token accuracy "
+                f"{_short(scores['token_accuracy'])}, stop probability {_short(scores['stop_probability'])}"
+            )
+        return scores
+
+    def score_held_out(self, asked_to_stop: Callable[[], bool] = lambda: False) -> dict[str, float | int | None] | None:
+        """The weights as they are, on the held-out split, each row once across ranks. None where a rank is to stop."""
         job, split = self.job, self.data.eval
         assert split is not None
         total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
@@ -78,17 +97,7 @@ class Session:
                 total_6 += loss_sum(job.trainee, job.trainee, batch, score)
                 if any(sum_over_ranks([float(asked_to_stop())], job.device)):
                     return None
-            samples = self._samples(split.samples[: self.config.eval.samples])
-        scores = metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
-        if job.is_first:
-            self.metrics.append({"event": "eval", "step": step, **scores})
-            if samples:
-                self.metrics.append({"event": "samples", "step": step, "samples": samples})
-            self.say(
-                f"step {step}: held-out loss {_short(scores['loss'])}, token accuracy "
-                f"{_short(scores['token_accuracy'])}, stop probability {_short(scores['stop_probability'])}"
-            )
-        return scores
+        return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
 
     def _samples(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Greedy answers; a sharded model needs all ranks for them, else rank 0 alone writes them."""
@@ -339,9 +348,9 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
     ledger = session.data.path / "data_report.jsonl"
     write_text(folder.data_report, ledger.read_text(encoding="utf-8") if ledger.exists() else "")
     if session.state.step > 0:
-        session.metrics.append(
-            {"event": "resume", "step": session.state.step, "seconds": session.state.seconds, "processes": job.world}
-        )
+        now = {"step": session.state.step, "seconds": session.state.seconds, "processes": job.world}
+        changes = {"changes": session.state.consents} if session.state.consents else {}
+        session.metrics.append({"event": "resume", **now, **changes})
 
 
 def _device_name(device: torch.device) -> str:

@@ -47,14 +47,11 @@ def silent(text: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("attention", ["auto", "padded"])
-def test_the_scores_are_those_of_the_models_own_loss(tmp_path: Path, attention: str) -> None:
-    folder = make_model(tmp_path / "model")
-    loaded = write_config(tmp_path, folder, f"model.attention={attention}", "batch.micro_tokens=64")
-    result = measure(loaded, str(folder), say=silent)
+def own_loss(loaded: LoadedConfig, folder: Path) -> tuple[float, int]:
+    """transformers' mean loss of the held-out targets, computed in float32, and their number."""
     _, prepared = prepare_data(loaded, silent)
     assert prepared.eval is not None
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = 0.0, 0
     for index in range(prepared.eval.num_examples):
         example = prepared.eval.example(index)
@@ -63,7 +60,16 @@ def test_the_scores_are_those_of_the_models_own_loss(tmp_path: Path, attention: 
             loss = model(input_ids=torch.tensor(example.input_ids_T, dtype=torch.int64)[None], labels=labels).loss
         trained = int((labels[:, 1:] != -100).sum())
         total, count = total + loss.item() * trained, count + trained
-    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    return total / count, count
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_the_scores_are_those_of_the_models_own_loss(tmp_path: Path, attention: str) -> None:
+    folder = make_model(tmp_path / "model")
+    loaded = write_config(tmp_path, folder, f"model.attention={attention}", "batch.micro_tokens=64")
+    result = measure(loaded, str(folder), say=silent)
+    loss, count = own_loss(loaded, folder)
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
     assert (result["tokens"], result["conversations"]) == (count, 5)
     assert len(result["samples"]) == 2
 
@@ -96,6 +102,27 @@ def test_an_adapter_run_is_found_and_scored(tmp_path: Path) -> None:
     before, after = (measure(loaded, str(path), say=silent) for path in (folder, tmp_path / "run"))
     assert before["loss"] != after["loss"]
     assert before["tokens"] == after["tokens"]
+
+
+def test_a_full_finetune_tells_the_loss_of_what_it_saved(tmp_path: Path) -> None:
+    """Trained in float32, saved as the base is, in bfloat16: both losses are said, and each is its folder's own."""
+    folder = make_model(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    loaded = write_config(tmp_path, folder)
+    result = subprocess.run(
+        [sys.executable, "-m", "sft", "train", str(loaded.path), "train.max_steps=3", "optim.lr=0.01"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    rounded = json.loads((run / "serving.json").read_text())["rounded"]
+    assert rounded["loss"] == pytest.approx(own_loss(loaded, run / "final")[0], rel=1e-5)
+    trained = own_loss(loaded, run / "checkpoints" / "step-00000003" / "model")[0]
+    assert rounded["loss_as_trained"] == pytest.approx(trained, rel=1e-5)
+    assert abs(trained / rounded["loss"] - 1) > 5e-5, "the rounding is too small to be seen here"
+    told = f"final/ is saved in bfloat16: held-out loss {rounded['loss']:.4f} there, {trained:.4f} as trained"
+    assert told in result.stdout + result.stderr
+    assert told in (run / "final" / "README.md").read_text()
 
 
 @pytest.mark.dist
