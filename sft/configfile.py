@@ -111,6 +111,7 @@ def _apply(raw: dict[str, Any], where: dict[KeyPath, str], override: str) -> Non
         if child is None:
             child = {}
             _put(parent, key, child)
+            where.setdefault(path[: depth + 1], COMMAND_LINE)
         parent = child
     _child(parent, path, override)
     for old in [key for key in where if key[: len(path)] == path]:

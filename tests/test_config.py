@@ -134,6 +134,8 @@ def test_the_last_override_wins() -> None:
         ("model.name.x=3", "'model.name' is m (text), so it has no 'x'"),
         ("optim.lr=[1", "not valid YAML"),
         ("optim.leer=1", "command line: unknown key 'optim.leer'. Did you mean 'lr'?"),
+        ("otpim.lr=1", "command line: unknown key 'otpim'. Did you mean 'optim'?"),
+        ("save.bst.x=1", "command line: unknown key 'save.bst'. Did you mean 'best'?"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(override: str, said: str) -> None:
