@@ -38,7 +38,8 @@ def blocks(picture: Picture) -> Iterator[tuple[str, str, str]]:
             yield "held out", scored, ""
         yield "lengths", "\n".join(length_lines(picture)), ""
     elif picture.rows:
-        yield "data", f"{picture.rows:,} rows read, {picture.bad_rows:,} of them bad; nothing could be prepared", ""
+        unreadable = f", {picture.bad_rows:,} of them unreadable" if picture.bad_rows else ""
+        yield "data", f"{picture.rows:,} rows read{unreadable}; none could be prepared", ""
     if picture.bundle is not None:
         yield "template", template_line(picture), ""
         yield "stops at", " ".join(picture.bundle.tokenizer.convert_ids_to_tokens(list(picture.bundle.stop_ids))), ""

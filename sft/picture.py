@@ -32,7 +32,7 @@ class Picture:
     bundle: TokenizerBundle | None = None
     prepared: Prepared | None = None
     rows: int = 0  # read, where nothing could be prepared
-    bad_rows: int = 0
+    bad_rows: int = 0  # of these, the unreadable: a template may refuse others
     plan: Plan | None = None
     device: str = ""
     precision: str = ""

@@ -10,7 +10,7 @@ import pytest
 
 from sft.check import check, inspect
 from sft.checkmachine import _judge_memory
-from sft.checkview import large, print_picture
+from sft.checkview import blocks, large, print_picture
 from sft.configfile import LoadedConfig, load_config
 from sft.errors import EXIT_DONE, EXIT_USER, DataError
 from sft.memory import Memory
@@ -147,6 +147,19 @@ def test_everything_dropped_is_a_problem_with_counts(tmp_path: Path, model_folde
     assert "raise data.max_tokens" in problem
     found = as_object(picture)
     assert (found["rows"], found["kept"], found["dropped"]) == (40, 0, {"not_prepared": 40})
+
+
+def test_rows_that_a_template_refuses_are_not_counted_as_good(tmp_path: Path, model_folder: Path) -> None:
+    refused = {"messages": [*row()["messages"], {"role": "assistant", "content": "again"}]}
+    rows = write(tmp_path / "a.jsonl", refused, refused)
+    overrides = ("data.template=chatml", "data.eval=0")
+    picture = look(config_for(tmp_path, model_folder, rows, overrides=overrides))
+    (problem,) = picture.problems
+    assert problem.startswith("2 bad rows of 2:")
+    assert ("data", "2 rows read; none could be prepared", "") in list(blocks(picture))
+    write(rows, refused, "{")
+    picture = look(config_for(tmp_path, model_folder, rows, overrides=overrides))
+    assert ("data", "2 rows read, 1 of them unreadable; none could be prepared", "") in list(blocks(picture))
 
 
 def test_a_base_model_without_template_is_told_so(tmp_path: Path, model_folder: Path, data: Path) -> None:
