@@ -36,6 +36,7 @@ def model_card(
     resolved: Mapping[str, Any] | None = None,
     license: str | None = None,
     merged: bool = False,
+    changes: Sequence[str] = (),
 ) -> str:
     """Markdown with a YAML header for the hub.
 
@@ -43,7 +44,8 @@ def model_card(
     evaluations at step 0 and of the weights in this folder. `best`: the metric by which its checkpoint was chosen.
     `serving`: what `serving.describe` said. `samples`: answers of the last evaluation. `tokens` and `seconds` of
     training. `environment`: package versions. `resolved`: what `auto` became, by dotted key. `license`: only if known.
-    `merged`: the adapter has been folded into the base, so that the folder is a plain model.
+    `merged`: the adapter has been folded into the base, so that the folder is a plain model. `changes`: what became
+    different along the way, a line each.
     """
     plain = merged or config["model"]["tuning"] == "full"
     sections = [
@@ -53,7 +55,7 @@ def model_card(
         _results(before, after, best, data_report),
         _samples(samples),
         _data(data_report),
-        _training(config, resolved or {}, steps=steps, tokens=tokens, seconds=seconds),
+        _training(config, resolved or {}, steps=steps, tokens=tokens, seconds=seconds, changes=changes),
         _template(data_report, config, serving),
         _versions(environment),
     ]
@@ -194,6 +196,7 @@ def _training(
     steps: int | None,
     tokens: int | None,
     seconds: float | None,
+    changes: Sequence[str],
 ) -> str:
     model, optim = config["model"], config["optim"]
     learning_rate = resolved.get("optim.lr", optim["lr"])
@@ -215,7 +218,8 @@ def _training(
         ("seed", str(config["run"]["seed"])),
     ]
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts if value]
-    return "\n".join(["## Training", "", "| | |", "|---|---|", *rows])
+    listed = ["", *(f"- {_cell(change)}" for change in changes)] if changes else []
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *rows, *listed])
 
 
 def _template(report: Mapping[str, Any], config: Mapping[str, Any], serving: str | None) -> str:

@@ -124,7 +124,7 @@ def open_run(
     lost = liger.lost(state.resolved, device_type, is_sharded=is_sharded_launch())
     consents = check_continuation(
         {**state.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
-        allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,
+        step=state.step, allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,
         lengths=differences(state.length, length) if state.length else {},
     )  # fmt: skip
     warmup = warmup_steps(loaded.config, total_steps, recorded)

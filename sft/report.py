@@ -19,6 +19,7 @@ from typing import Any
 from sft.durable import read_json, write_text
 from sft.errors import ConfigError
 from sft.pages import count, render_page
+from sft.resume import changes_of, told
 from sft.runfolder import RunFolder, read_events
 from sft.secrets import mask_secrets
 
@@ -71,6 +72,7 @@ def run_page(folder: Path) -> str:
         title=mask_secrets(values.get("model.name", "").strip("'\"")),
         subtitle=subtitle(values, environment.get("resolved", {}).get("trained_parameters")),
         summary=summarize(events),
+        changes=[mask_secrets(told(change)) for change in changes_of(events)],
         samples=samples_by_prompt(events),
         report=data,
         notes=list(islice(_json_lines(run.data_report), MOST_NOTES + 1)),

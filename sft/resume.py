@@ -105,13 +105,14 @@ def check_continuation(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     *,
+    step: int,
     allowed: Sequence[str],
     run_dir: str,
     lengths: Mapping[str, tuple[Any, Any]] | None = None,
     named: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """The consents that this continuation records; what changed of `named` keys is among them, and said.
+    """The consents that this continuation from `step` records; what changed of `named` keys is among them, and said.
 
     `lengths`: `{key: (was, is)}` of LENGTH_KEYS that changed; each consents to the steps that come of it. ResumeError
     lists every other change without consent.
@@ -131,7 +132,25 @@ def check_continuation(
             f"Give this training another run.dir, or start over with --fresh (the old run is moved aside). "
             f"To continue all the same: {flags}"
         )
-    return [{"key": key, "was": was, "now": now} for key, (was, now) in changed.items()]
+    return [{"step": step, "key": key, "was": was, "now": now} for key, (was, now) in changed.items()]
+
+
+def changes_of(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The consents on record in metrics.jsonl.
+
+    Each `resume` event holds all that the run then went by, so the last one counts: a change whose steps were lost to
+    a kill, and that was not asked for again, is none.
+    """
+    last: Mapping[str, Any] = {}
+    for event in events:
+        last = event if event.get("event") == "resume" else last
+    return list(last.get("changes", ()))
+
+
+def told(change: Mapping[str, Any], shown: Callable[[Any], Any] = lambda value: value) -> str:
+    """`changed at step 10: optim.lr 0.0002 -> 0.0001`; `shown` may shorten the values."""
+    was, now = (_shown(shown(change[key])) for key in ("was", "now"))
+    return f"changed at step {change['step']}: {change['key']} {was} -> {now}"
 
 
 def _told(key: str, pair: tuple[Any, Any], lengths: Mapping[str, tuple[Any, Any]]) -> str:

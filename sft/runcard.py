@@ -8,7 +8,8 @@ from typing import Any
 from sft.choice import best_step, scores_of
 from sft.configfile import load_config
 from sft.durable import read_json
-from sft.modelcard import model_card
+from sft.modelcard import model_card, public_name
+from sft.resume import changes_of, told
 from sft.runfolder import RunFolder, read_events
 from sft.serving import describe
 
@@ -39,7 +40,12 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
         seconds=last.get("seconds"),
         environment=environment.get("versions"),
         merged=merged,
+        changes=[told(change, _public) for change in changes_of(events)],
     )
+
+
+def _public(value: Any) -> Any:
+    return public_name(value) if isinstance(value, str) else value
 
 
 def run_of(path: Path) -> RunFolder | None:

@@ -177,7 +177,7 @@ def test_a_run_that_loses_its_kernel_needs_a_word(
     run_here(config, "train.max_steps=5")
     state = json.loads((max((run / "checkpoints").iterdir()) / "state.json").read_text())
     assert state["resolved"]["loss_kernel"] == "plain"
-    assert state["consents"] == [{"key": "loss_kernel", "was": "liger", "now": f"plain ({here})"}]
+    assert state["consents"] == [{"step": 3, "key": "loss_kernel", "was": "liger", "now": f"plain ({here})"}]
     assert "loss by Liger" not in capsys.readouterr().err
 
 

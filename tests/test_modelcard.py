@@ -127,9 +127,11 @@ def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
     )
     (tmp_path / "data.json").write_text(json.dumps(REPORT))
     (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2.13"}}))
+    moved = {"step": 1, "key": "model.name"}
     events = [
         {"event": "eval", "step": 0, **BEFORE},
         {"event": "train", "step": 1, "tokens": 100, "seconds": 2.0},
+        {"event": "resume", "step": 1, "changes": [{**moved, "was": "/home/me/models/x", "now": "org/Base-1B"}]},
         {"event": "eval", "step": 1, **AFTER},
         {"event": "train", "step": 2, "tokens": 200, "seconds": 4.0},
         {"event": "eval", "step": 2, **AFTER, "loss": 1.75},
@@ -139,6 +141,7 @@ def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
     assert card is not None
     assert "| loss (nats a token) | 3.21 | 1.5 |" in card  # the best step, not the last
     assert "| steps | 2 |" in card
+    assert "- changed at step 1: model.name x -> org/Base-1B\n" in card
     assert "folded into the weights of its base" in card
     assert "AutoModelForCausalLM" in card
     assert header(card)["library_name"] == "transformers"

@@ -11,7 +11,7 @@ import pytest
 from jobs import events, run_here, write_config
 
 from sft.errors import DataError, ResumeError, SftError
-from sft.resume import check_names
+from sft.resume import changes_of, check_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -140,3 +140,23 @@ def test_keys_of_the_config_and_of_the_fingerprint_may_be_allowed() -> None:
          "model.weights"]
     )  # fmt: skip
     check_names(["loss_kernel"], derived=["loss_kernel"])
+
+
+def test_a_change_of_course_stands_in_the_metrics_the_page_and_the_card(tmp_path: Path, model: Path) -> None:
+    config = write_config(tmp_path, model, optim__schedule="constant")
+    run = run_here(config, "train.max_steps=2")
+    assert "changed at step" not in (run / "report.html").read_text() + (run / "final/README.md").read_text()
+    run_here(config, "train.max_steps=4", "optim.lr=5e-4", allow_change=["optim.lr"])
+    run_here(config, "train.max_steps=5", "optim.lr=5e-4")
+    change = {"step": 2, "key": "optim.lr", "was": 1e-3, "now": 5e-4}
+    assert [event["changes"] for event in events(run, "resume")] == [[change], [change]]
+    assert "<div>changed at step 2: optim.lr 0.001 -&gt; 0.0005</div>" in (run / "report.html").read_text()
+    assert "\n- changed at step 2: optim.lr 0.001 -> 0.0005\n" in (run / "final/README.md").read_text()
+
+
+def test_a_change_whose_steps_were_lost_and_that_is_not_asked_for_again_is_none() -> None:
+    change = {"step": 2, "key": "optim.lr", "was": 1e-3, "now": 5e-4}
+    resumed = {"event": "resume", "step": 2}
+    assert changes_of([{"event": "train", "step": 2}, {**resumed, "changes": [change]}]) == [change]
+    assert changes_of([{**resumed, "changes": [change]}, resumed, {"event": "train", "step": 3}]) == []
+    assert changes_of([]) == []

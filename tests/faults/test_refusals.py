@@ -153,7 +153,7 @@ def test_a_consent_is_recorded(tmp_path: Path) -> None:
     job = copy_of(stopped_at(3), tmp_path, "optim.lr=2e-3")
     job.train("--allow-change", "optim.lr")
     state = json.loads((job.checkpoints[0] / "state.json").read_text())
-    assert state["consents"] == [{"key": "optim.lr", "was": 1e-3, "now": 2e-3}]
+    assert state["consents"] == [{"step": 3, "key": "optim.lr", "was": 1e-3, "now": 2e-3}]
 
 
 @pytest.mark.slow
