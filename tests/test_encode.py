@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sft.data.encode import Encoder
 from sft.data.formats import FORMATS
 from sft.data.outcome import Encoded, EncodeSettings
-from sft.data.proof import Refusal
+from sft.data.proof import TOOL_TEMPLATES, Refusal
 from sft.data.readers import Row
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage, Rendered, Span
@@ -123,6 +123,18 @@ def test_flags_and_weights(words: TokenizerBundle) -> None:
 )  # fmt: skip
 def test_rows_that_cannot_be_trained(words: TokenizerBundle, messages: tuple[Message, ...], reason: str) -> None:
     assert only(encode(words, *messages)) == ("refused", reason)
+
+
+@pytest.mark.parametrize("template", ["chatml", "zephyr", "tulu"])
+def test_no_built_in_template_prints_tools_and_their_refusals_say_so(tokenizer_folder: Path, template: str) -> None:
+    bundle = load_tokenizer(str(tokenizer_folder), template=template)
+    call = A("", extra={"tool_calls": [{"function": {"name": "fly", "arguments": {}}}]})
+    tool = {"type": "function", "function": {"name": "fly"}}
+    for sample in (Conversation((U("Hello"), call), "a:1"), Conversation((U("Hello"), A("one")), "a:1", tools=(tool,))):
+        (note,) = Encoder(bundle, EncodeSettings()).encode(sample).notes
+        assert TOOL_TEMPLATES in note.detail
+    (note,) = Encoder(bundle, EncodeSettings()).encode(Conversation((), "a:1")).notes
+    assert TOOL_TEMPLATES not in note.detail
 
 
 def test_no_messages_is_refused(words: TokenizerBundle) -> None:

@@ -16,6 +16,10 @@ from sft.errors import SftError
 
 SHOWN = 80
 TELLING = 12  # characters from which a message found in another's turn is no coincidence
+TOOL_TEMPLATES = (
+    "No built-in template prints tools. Use the model's own (data.template: model) where it does, as those of Qwen 2.5 "
+    "and 3 and of Llama 3.1 and later do, or a .jinja of your own."
+)
 THINK = re.compile("</?think>")
 
 
@@ -184,7 +188,7 @@ class AnswerCheck:
             raise Refusal(
                 "tool_calls_not_rendered" if called else "not_the_message",
                 f"expected {shown(absent)} in the turn, the template renders {shown(rendered)}. "
-                + ("Choose a template that knows tool calls." if called else "The template changes or drops content."),
+                + (TOOL_TEMPLATES if called else "The template changes or drops content."),
             )
         body, closing = self.at_stop(message, rendered)
         self.check_own_words(messages, index, body)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
 from sft.data.markers import Marking, marking, strings
-from sft.data.proof import AnswerCheck, Refusal, shown
+from sft.data.proof import TOOL_TEMPLATES, AnswerCheck, Refusal, shown
 from sft.errors import TemplateError
 from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
@@ -104,7 +104,10 @@ class Renderer:
                 return plain
             return self.ended([messages], tools)[0]
         except TemplateError as error:
-            raise Refusal("template", f"the chat template refuses the conversation: {error}") from error
+            said = f"the chat template refuses the conversation: {error}"
+            if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+                said = f"{said.rstrip('.')}. The row has tools. {TOOL_TEMPLATES}"
+            raise Refusal("template", said) from error
 
     def located(self, messages: Dicts, tools: Tools, local: Local) -> MarkedText | None:
         """The text of a conversation with where each message begins, from one rendering of the marked template.
