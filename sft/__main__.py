@@ -154,19 +154,22 @@ def init(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write here instead of printing.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Look at the data and the model, and print a commented config to start from."""
+    """Look at the data and the model, and suggest a commented config: written to --out, or printed."""
     settle_hub([model, data])
     from sft.init import suggest_config
 
-    if out is None:
-        print(suggest_config(data, model), end="")
-        return
-    if out.exists():
+    if out is not None and out.exists():
         raise ConfigError(f"{out} exists; remove it or name another --out.")
-    text = suggest_config(data, model, str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    print(f"{out} written. Read it, then: sft check {out}", file=sys.stderr)
+    found = suggest_config(data, model, str(out or "my.yaml"))
+    if out is None:
+        print(found.text, end="")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.text, encoding="utf-8")
+    for trouble in found.troubles:
+        warn(trouble)
+    if out is not None:
+        print(f"{out} written. Read it, then: sft check {out}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=BEFORE)

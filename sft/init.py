@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.data.formats import FORMATS, detect_format
+from sft.data.heldout import number_held_out
 from sft.data.readers import BadRow, Row
 from sft.data.sources import read_rows, source_files
 from sft.errors import DataError
 from sft.glance import ModelGlance, base_and_adapter, glance_at_model
+from sft.schedule import plan
 from sft.secrets import mask_secrets
 from sft.types import Conversation, Passage, Sample
 from sft.yamltree import flow
@@ -56,7 +58,15 @@ class DataGlance:
         return [sample for sample in self.samples if isinstance(sample, Conversation)]
 
 
-def suggest_config(data: str, model: str, name: str = "my.yaml") -> str:
+@dataclass(frozen=True)
+class Suggestion:
+    """A config, and a line on each thing that could not be seen or used."""
+
+    text: str
+    troubles: tuple[str, ...]
+
+
+def suggest_config(data: str, model: str, name: str = "my.yaml") -> Suggestion:
     """A commented YAML config for `data` and `model`, to be called `name`.
 
     Raises DataError where the data cannot be used at all.
@@ -65,7 +75,17 @@ def suggest_config(data: str, model: str, name: str = "my.yaml") -> str:
     about = glance_at_model(base)
     seen = glance_at_data(data, chat=about.has_template is not None)
     lengths = token_lengths(seen.samples, about)
-    return "\n".join(_lines(data, model, name, seen, about, lengths, _model_section(base, adapter, about))) + "\n"
+    lines = _lines(data, model, name, seen, about, lengths, _model_section(base, adapter, about))
+    return Suggestion("\n".join(lines) + "\n", tuple(_troubles(seen, about)))
+
+
+def _troubles(seen: DataGlance, about: ModelGlance) -> Iterator[str]:
+    if about.problems:
+        blind = about.tokenizer is None and about.context is None and about.parameters is None
+        yield f"model {'not looked at' if blind else 'not seen in full'}: {_cut(about.problems[0], 300)}"
+    if seen.refused:
+        looked = f"{seen.rows:,}" if seen.whole else f"the first {seen.rows:,}"
+        yield f"{len(seen.refused):,} of {looked} rows cannot be used, such as {_cut(seen.refused[0], 300)}"
 
 
 # The data -----------------------------------------------------------------------------------------------------------
@@ -92,7 +112,7 @@ def glance_at_data(path: str, *, chat: bool = True) -> DataGlance:
             samples.append(FORMATS[name](renamed))
             formats[name] += 1
         except DataError as error:
-            refused.append(str(error))
+            refused.append(str(error) if row.source in str(error) else f"{row.source}: {error}")
     if not samples:
         raise DataError(f"{path}: no row fits a format. First: {refused[0]}")
     return DataGlance(len(rows), whole, columns, formats, samples, refused)
@@ -229,10 +249,12 @@ def _lines(
     yield ""
     yield from _data_section(data, seen, about, lengths)
     yield ""
-    yield from _training_sections(seen)
+    scored = 0 if has_test_split(data) else number_held_out(len(seen.samples), suggest_eval(seen))
+    yield from _training_sections(seen, len(seen.samples) - scored)
 
 
-def _training_sections(seen: DataGlance) -> Iterator[str]:
+def _training_sections(seen: DataGlance, trained: int) -> Iterator[str]:
+    """`trained`: how many of the rows that were seen are usable and not held out."""
     epochs, batch = suggest_epochs_and_batch(seen.rows)
     yield "batch:"
     yield _said(f"  examples: {batch}", "conversations a step sees, over all devices")
@@ -241,7 +263,8 @@ def _training_sections(seen: DataGlance) -> Iterator[str]:
     yield _said("  lr: auto", "2e-4 for lora and qlora, 2e-5 for full; the first thing to vary: sft sweep")
     yield ""
     yield "train:"
-    steps = f"about {max(1, seen.rows * epochs // batch):,} steps" if seen.whole else "watch the held-out loss"
+    total = plan(max(1, trained), batch, epochs, None).total_steps
+    steps = f"about {total:,} step{'s' * (total != 1)}" if seen.whole else "watch the held-out loss"
     yield _said(f"  epochs: {epochs}", steps)
     if suggest_eval(seen):
         yield ""

@@ -145,8 +145,12 @@ def test_the_schema_is_json_and_the_version_is_told() -> None:
 
 
 def test_init_writes_a_file_once(model_folder: Path) -> None:
-    Path("a.jsonl").write_text('{"text": "Hello world"}\n' * 30)
-    assert sft("init", "a.jsonl", "--model", str(model_folder), "--out", "my.yaml").returncode == 0
+    Path("a.jsonl").write_text('{"text": "Hello world"}\n' * 30 + '{"x": 1}\n')
+    first = sft("init", "a.jsonl", "--model", str(model_folder), "--out", "my.yaml")
+    assert first.returncode == 0
+    trouble, written = first.stderr.splitlines()
+    assert trouble.startswith("warning: 1 of 31 rows cannot be used, such as a.jsonl:31: ")
+    assert written == "my.yaml written. Read it, then: sft check my.yaml"
     assert Path("my.yaml").read_text().startswith("# Suggested by: sft init a.jsonl")
     again = sft("init", "a.jsonl", "--model", str(model_folder), "--out", "my.yaml")
     assert (again.returncode, again.stderr) == (2, "error: my.yaml exists; remove it or name another --out.\n")

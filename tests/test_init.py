@@ -23,6 +23,7 @@ from sft.init import (
     suggest_max_tokens,
     suggest_tuning,
 )
+from sft.opening import make_plan
 from sft.prepare import load_bundle
 
 
@@ -38,7 +39,7 @@ def write_rows(path: str, rows: list[Any]) -> str:
 
 
 def suggested(data: str, model: Path | str) -> tuple[str, LoadedConfig]:
-    text = suggest_config(data, str(model))
+    text = suggest_config(data, str(model)).text
     Path("my.yaml").write_text(text, encoding="utf-8")
     return text, load_config("my.yaml")
 
@@ -107,6 +108,9 @@ def test_a_model_that_cannot_be_seen_is_said_and_the_rest_suggested(monkeypatch:
     assert "# Could not be seen from here: model.name: no tokenizer could be loaded from 'nobody/nothing'" in text
     assert "tokens, guessed from characters" in text
     assert loaded.config.model.tuning == "lora"
+    (trouble,) = suggest_config("a.jsonl", "nobody/nothing").troubles
+    assert trouble.startswith("model not looked at: model.name: no tokenizer could be loaded from 'nobody/nothing'")
+    assert "\n" not in trouble
 
 
 def test_questions_and_answers_become_conversations(tokenizer_folder: Path) -> None:
@@ -123,6 +127,8 @@ def test_rows_that_cannot_be_used_are_shown(tokenizer_folder: Path) -> None:
     assert "# 2 of them cannot be used, such as:" in text
     assert "a.jsonl:31" in text
     assert loaded.config.data.on_bad_row == "error"
+    troubles = suggest_config(data, str(tokenizer_folder)).troubles
+    assert troubles[-1].startswith("2 of 32 rows cannot be used, such as a.jsonl:31: ")
 
 
 def test_several_formats_stay_auto(tokenizer_folder: Path) -> None:
@@ -238,13 +244,14 @@ def test_what_it_prints_can_be_prepared_and_checked(
     monkeypatch.setenv("SFT_CACHE", str(Path("cache").absolute()))
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = [{"question": f"How many {a} {b} ?", "answer": f"just {b} {a} ."} for a in words for b in words if a != b]
-    _, loaded = suggested(write_rows("qa.jsonl", rows), model_folder)
+    text, loaded = suggested(write_rows("qa.jsonl", rows), model_folder)
     bundle, prepared = prepare_data(loaded, lambda line: None)
     assert prepared.report["rows"] == 90
     assert prepared.report["dropped"] == {}
     assert prepared.eval is not None
     assert prepared.train.num_conversations + prepared.eval.num_conversations == 90
     assert bundle.template_name == "model"
+    assert f"# about {make_plan(loaded.config, prepared).total_steps} steps" in text
     assert prepare_command(loaded) == 0
     said = capsys.readouterr().out
     assert "template: model; generation stops at <|im_end|>" in said

@@ -42,14 +42,21 @@ def held_out(hashes_C: NDArray[np.uint64], wanted: float) -> NDArray[np.bool_]:
             f"data.eval = {int(wanted)}: only {total} rows are left after checks, and some must be trained. "
             "Ask for fewer, or give a share such as 0.05"
         )
-    count = int(wanted) if wanted >= 1 else min(MOST_ROWS, max(1, round(wanted * total)))
-    count = min(count, total - 1)
+    count = number_held_out(total, wanted)
     _, group_C, sizes_G = np.unique(hashes_C, return_inverse=True, return_counts=True)  # groups by ascending hash
     chosen = _fitting(sizes_G, count)
     if not chosen and len(sizes_G) > 1:
         chosen = [int(np.argmin(sizes_G))]
     mask[np.isin(group_C, chosen)] = True
     return mask
+
+
+def number_held_out(total: int, wanted: float) -> int:
+    """How many of `total` rows `held_out` looks for; equal rows, which go together, may change it."""
+    if wanted == 0 or total == 0:
+        return 0
+    count = int(wanted) if wanted >= 1 else min(MOST_ROWS, max(1, round(wanted * total)))
+    return min(count, total - 1)
 
 
 def _fitting(sizes_G: NDArray[np.int64], count: int) -> list[int]:
