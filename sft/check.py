@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.advice import advice_on_steps, beyond_context, unread_arguments, unread_template
-from sft.checkmachine import look_at_disk, look_at_memory, look_at_model, look_at_packages, look_at_run
+from sft.checkmachine import (
+    look_at_disk,
+    look_at_memory,
+    look_at_model,
+    look_at_modules,
+    look_at_packages,
+    look_at_run,
+)
 from sft.checkview import print_picture
 from sft.errors import EXIT_DONE, EXIT_USER, DataError, SftError
 from sft.picture import Picture, as_object
@@ -45,6 +52,7 @@ def inspect(loaded: LoadedConfig, *, say: Say) -> Picture:
     """Looks at everything; what is wrong becomes a problem of the picture, not an exception."""
     picture = Picture(loaded.config, loaded.path, loaded.run_dir, warnings=list(loaded.unread))
     look_at_model(picture)
+    look_at_modules(picture)
     look_at_tokenizer(picture)
     look_at_data(picture, say)
     look_at_steps(picture)

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sft.errors import DeviceError, SftError
+from sft.adapterparts import refuse_unknown_modules
+from sft.errors import DeviceError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
 from sft.picture import Picture
@@ -92,6 +93,39 @@ def _unknown_kind(picture: Picture) -> Iterator[str]:
             f"{transformers.__version__} does not know as a causal language model. "
             "Choose another model, or a newer transformers."
         )
+
+
+def look_at_modules(picture: Picture) -> None:
+    """Whether the modules that an adapter names are there, in the model as its config builds it, without weights."""
+    model = picture.config.model
+    named: dict[str, str | list[str]] = {"targets": model.lora.targets, "modules_to_save": model.lora.modules_to_save}
+    if model.tuning == "full" or model.adapter or all(isinstance(names, str) or not names for names in named.values()):
+        return
+    skeleton = None if model.trust_remote_code else _skeleton(picture.settings)
+    if skeleton is None:
+        return
+    for key, names in named.items():
+        try:
+            refuse_unknown_modules(skeleton, key, names)
+        except ModelError as error:
+            picture.problems.append(str(error))
+
+
+def _skeleton(settings: Mapping[str, Any]) -> Any:
+    """The model without numbers; None where transformers cannot build it from these settings."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if settings.get("model_type") not in KNOWN:
+        return None
+    told = {key: value for key, value in settings.items() if not key.startswith("_")}
+    builder: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return builder.from_config(AutoConfig.for_model(**told))
+    except Exception:  # a strange config may raise anything; loading the model says what it is
+        return None
 
 
 def _parameters_in(folder: Path) -> int | None:

@@ -214,6 +214,15 @@ def test_an_adapter_that_is_none(tmp_path: Path, model_folder: Path, data: Path)
     assert problem.startswith("model.adapter: ")
 
 
+@pytest.mark.parametrize("key", ["targets", "modules_to_save"])
+def test_modules_that_the_model_lacks_are_a_problem(tmp_path: Path, model_folder: Path, data: Path, key: str) -> None:
+    lora = ("model.tuning=lora", f"model.lora.{key}=[q_projj]")
+    problem = the_problem(config_for(tmp_path, model_folder, data, overrides=lora))
+    assert problem.startswith(f"model.lora.{key}: no module of this model is named 'q_projj'. Did you mean 'q_proj'?")
+    right = ("model.tuning=lora", "model.lora.targets=[q_proj, v_proj]", "model.lora.modules_to_save=[lm_head]")
+    assert look(config_for(tmp_path, model_folder, data, overrides=right)).problems == []
+
+
 def test_rows_that_are_trained_and_scored_are_named(tmp_path: Path, model_folder: Path) -> None:
     train = write(tmp_path / "a.jsonl", *(row(number) for number in range(30)), row(0))
     scored = write(tmp_path / "b.jsonl", *(row(number) for number in range(28, 60)))
