@@ -199,8 +199,8 @@ def _training(
     changes: Sequence[str],
 ) -> str:
     model, optim = config["model"], config["optim"]
-    learning_rate = resolved.get("optim.lr", optim["lr"])
-    precision = resolved.get("model.precision", model["precision"])
+    learning_rate = _with_resolved(optim["lr"], resolved.get("optim.lr"))
+    precision = _with_resolved(model["precision"], resolved.get("model.precision"))
     facts = [("method", METHODS[model["tuning"]])]
     if model["tuning"] != "full":
         lora = model["lora"]
@@ -213,8 +213,8 @@ def _training(
         ("tokens seen", _count(tokens)),
         ("time", "" if seconds is None else _duration(seconds)),
         ("optimizer", str(optim["type"])),
-        ("learning rate", f"{_number(learning_rate)}, {optim['schedule']}"),
-        ("precision", str(precision)),
+        ("learning rate", f"{learning_rate}, {optim['schedule']}"),
+        ("precision", precision),
         ("seed", str(config["run"]["seed"])),
     ]
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts if value]
@@ -237,6 +237,12 @@ def _versions(environment: Mapping[str, str] | None) -> str:
     if not environment:
         return ""
     return "Made with " + ", ".join(f"{name} {version}" for name, version in environment.items()) + "."
+
+
+def _with_resolved(given: Any, became: Any) -> str:
+    """`auto → mixed`; one of them where they are the same, or where nothing was recorded."""
+    own, final = _number(given), _number(became)
+    return own if became is None or own == final else f"{own} → {final}"
 
 
 def _cell(text: str) -> str:

@@ -25,6 +25,7 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
     steps = [event for event in events if event["event"] == "train"]
     answers = [event for event in events if event["event"] == "samples"]
     environment = read_json(folder.environment) if folder.environment.is_file() else {}
+    resolved = environment.get("resolved", {})
     serving = read_json(run / "serving.json") if (run / "serving.json").is_file() else None
     last: dict[str, Any] = steps[-1] if steps else {}
     return model_card(
@@ -39,6 +40,7 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         environment=environment.get("versions"),
+        resolved={"optim.lr": resolved.get("lr"), "model.precision": resolved.get("precision")},
         merged=merged,
         changes=[told(change, _public) for change in changes_of(events)],
     )

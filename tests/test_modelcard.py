@@ -55,7 +55,8 @@ def test_an_adapter_card_in_full() -> None:
         "# pirate", "An adapter: a LoRA of **org/Base-1B**.", "On 60 held-out rows", "best `eval.loss`",
         "| loss (nats a token) | 3.21 | 1.5 |", "| probability of stopping where a turn ends | 0.01 | 0.98 |",
         "| pirate.jsonl | messages | 1,200 | 1,190 | 1,300 | 345,678 | 123,456 |", "Dropped: 10 over_long.",
-        "| adapter | rank 16, alpha 32, dropout 0 |", "| learning rate | 0.0002, cosine |", "| precision | mixed |",
+        "| adapter | rank 16, alpha 32, dropout 0 |", "| learning rate | auto → 0.0002, cosine |",
+        "| precision | auto → mixed |",
         "| steps | 38 |", "| time | 1 h 2 min |", "A turn ends with `<|im_end|>`.",
         "Serving equals training: All equal.", "Made with torch 2.13.", "````text\nAhoy?Arr ```x``` […]\n````",
         "AutoPeftModelForCausalLM", "GenerationConfig.from_pretrained(folder)",
@@ -117,6 +118,12 @@ def test_files_and_folders_here_are_not_named_as_the_hub_s(tmp_path: Path, monke
     assert found["datasets"] == ["org/chats"]
 
 
+def test_what_auto_became_stands_beside_it_and_what_was_chosen_stands_alone() -> None:
+    raw = config(precision="bf16")
+    assert "| precision | bf16 |" in model_card(raw, REPORT, resolved={"model.precision": "bf16"})
+    assert "| learning rate | auto, cosine |" in model_card(raw, REPORT)
+
+
 def test_the_revision_of_the_base_is_named() -> None:
     assert "of **org/Base-1B** (revision `v1`)" in model_card(config(tuning="full", revision="v1"), REPORT)
 
@@ -126,7 +133,8 @@ def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
         "model: {name: org/Base-1B, tuning: lora}\ndata: {train: [a.jsonl]}\nsave: {best: eval.loss}\n"
     )
     (tmp_path / "data.json").write_text(json.dumps(REPORT))
-    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"torch": "2.13"}}))
+    environment = {"versions": {"torch": "2.13"}, "resolved": {"lr": 2e-4, "precision": "mixed"}}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
     moved = {"step": 1, "key": "model.name"}
     events = [
         {"event": "eval", "step": 0, **BEFORE},
@@ -141,6 +149,8 @@ def test_a_run_folder_gives_its_card(tmp_path: Path) -> None:
     assert card is not None
     assert "| loss (nats a token) | 3.21 | 1.5 |" in card  # the best step, not the last
     assert "| steps | 2 |" in card
+    assert "| learning rate | auto → 0.0002, cosine |" in card
+    assert "| precision | auto → mixed |" in card
     assert "- changed at step 1: model.name x -> org/Base-1B\n" in card
     assert "folded into the weights of its base" in card
     assert "AutoModelForCausalLM" in card
