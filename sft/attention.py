@@ -86,15 +86,34 @@ def flat_attention(
         assert max_length_q is not None
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window)
         return out[None], None
-    attend = _attend_sdpa if softcap is None and s_aux is None else _attend_plain
+    options = {"scale": scale, "dropout": dropout, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    out = _by_segments(query, key, value, cu_seq_lens_q, **options)
+    return out, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    *,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(1, N, H, D). Not for torch.compile, which would compile anew for each number of segments."""
+    attend = _attend_sdpa if softcap is None and sinks is None else _attend_plain
     # split, not slices: the gradient of a slice is a whole row of zeros for every segment
-    lengths: list[int] = cu_seq_lens_q.diff().tolist()
+    lengths: list[int] = ends.diff().tolist()
     rows = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
     outs = [
-        attend(q, k, v, scale=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
+        attend(q, k, v, scale=scale, dropout=dropout, window=window, softcap=softcap, sinks=sinks)
         for q, k, v in zip(*rows, strict=True)
     ]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1), None
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
 
 
 def _attend_sdpa(

@@ -112,8 +112,8 @@ class Model(Section):
     """auto, flat: flat rows where they prove equal; padded: sdpa on padded batches; eager, sdpa: padded with that."""
     gradient_checkpointing: Auto | bool = "auto"
     """auto: when memory asks for it."""
-    compile: bool = False
-    """torch.compile."""
+    compile: Auto | bool = "auto"
+    """torch.compile for the decoder layers. auto: on CPUs, where the run is long enough to gain by it."""
     warm_start_tokens: Auto | bool = "auto"
     """Set never-trained rows of template tokens to the end-of-text row."""
     trust_remote_code: bool = False

@@ -7,7 +7,8 @@ ignores it. The chunked head is held against the model's own logits in the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from sft.attention import FLAT
 from sft.data.collate import flat, to_device
 from sft.liger import LossKernel
 from sft.loss import logits_loss_sum
-from sft.trainee import Trainee, attention_inputs
+from sft.trainee import Trainee, attention_inputs, loss_sum
 from sft.types import Batch, Example
 
 LENGTHS = (9, 14, 6)
@@ -47,7 +48,7 @@ def compare(trainee: Trainee, device: torch.device) -> Verdict:
     bfloat16 arithmetic differs by rounding alone; a leak, a wrong position or a lost window differs by the size of
     the logits themselves, so that an eighth of it tells the two apart.
     """
-    examples = _examples(trainee)
+    examples = probe(trainee, LENGTHS)
     alone = [to_device(flat([example]), device) for example in examples]
     joined = to_device(flat(examples), device)
     with _evaluation(trainee), _short_windows(trainee.causal), _no_trained_gradients(trainee):
@@ -64,7 +65,7 @@ def compare(trainee: Trainee, device: torch.device) -> Verdict:
 
 def head_is_exact(trainee: Trainee, device: torch.device) -> bool:
     """Whether the chunked head gives the loss that the model's own logits give: no secret scale, cap or bias."""
-    batch = to_device(flat(_examples(trainee)[:1]), device)
+    batch = to_device(flat(probe(trainee, LENGTHS)[:1]), device)
     with _evaluation(trainee), _no_trained_gradients(trainee):
         _set_attention(trainee.causal, "eager")
         logits, _ = _run(trainee, batch, mask_only=True)
@@ -77,7 +78,7 @@ def head_is_exact(trainee: Trainee, device: torch.device) -> bool:
 
 def liger_agrees(trainee: Trainee, device: torch.device) -> bool:
     """Whether Liger's kernel gives the loss and the gradients of the plain path, for this model's features and head."""
-    batch = to_device(flat(_examples(trainee)[:1]), device)
+    batch = to_device(flat(probe(trainee, LENGTHS)[:1]), device)
     assert batch.unit_weights
     with _evaluation(trainee), torch.no_grad():
         _set_attention(trainee.causal, "eager")
@@ -87,6 +88,62 @@ def liger_agrees(trainee: Trainee, device: torch.device) -> bool:
     loss, *gradients = (_relative(*pair) for pair in zip(fused, plain, strict=True))
     # Gradients are given more room: where logits are capped, the plain path rounds them once more than the kernel.
     return loss <= _allowed(trainee) / 8 and all(difference <= _allowed(trainee) for difference in gradients)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledVerdict:
+    """Relative differences between compiled and plain layers; of gradients the largest over the kinds of weights."""
+
+    loss: float
+    gradients: float
+    worst: str  # the kind of weight whose gradients differ most
+    allowed: float
+
+    @property
+    def is_exact(self) -> bool:
+        return self.loss <= self.allowed / 8 and self.gradients <= 3 * self.allowed
+
+
+def compiled_difference(trainee: Trainee, batch: Batch) -> CompiledVerdict:
+    """Loss and gradients of `batch` through compiled layers against those through plain ones. The layers are compiled
+    here, at their first pass. Leaves no gradients, and needs no more room than one set of them.
+
+    A kind is the same weight of all layers: alone, the gradients of a norm's weight in bfloat16 are half rounding.
+    """
+    trained = {name: parameter for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+    targets = max(1, len(batch.targets_M))
+    with _evaluation(trainee):
+        try:
+            compiled = loss_sum(trainee, trainee, batch) / targets
+            compiled.backward()  # type: ignore[no-untyped-call]
+            sizes = _norms_by_kind(trained)
+            with torch.compiler.set_stance("force_eager"):
+                plain = loss_sum(trainee, trainee, batch) / targets
+                (-plain).backward()  # type: ignore[no-untyped-call]  # onto the others: what is left is the difference
+            rests = _norms_by_kind(trained)
+        finally:
+            for parameter in trained.values():
+                parameter.grad = None
+    # Gradients that are nothing but rounding (of a bias before a softmax, say) are held against the others.
+    least = max(1e-12, 0.01 * float(np.median(list(sizes.values()))))
+    shares = {kind: rest / max(sizes[kind], least) for kind, rest in rests.items()}
+    worst = max(shares, key=lambda kind: (np.isnan(shares[kind]), shares[kind]))
+    return CompiledVerdict(
+        loss=_relative(compiled.detach(), plain.detach()),
+        gradients=shares[worst],
+        worst=worst,
+        allowed=_allowed(trainee),
+    )
+
+
+def _norms_by_kind(trained: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """Of the gradients, by name without numbers."""
+    squares: dict[str, float] = {}
+    for name, parameter in trained.items():
+        kind = re.sub(r"\.\d+\b", "", name)
+        norm = 0.0 if parameter.grad is None else float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        squares[kind] = squares.get(kind, 0.0) + norm**2
+    return {kind: square**0.5 for kind, square in squares.items()}
 
 
 def _loss_and_gradients(
@@ -110,7 +167,8 @@ def _allowed(trainee: Trainee) -> float:
     return 0.125 if rounding else 1e-3
 
 
-def _examples(trainee: Trainee) -> list[Example]:
+def probe(trainee: Trainee, lengths: Sequence[int]) -> list[Example]:
+    """Examples of random tokens, all trained, the same every time."""
     vocabulary = trainee.causal.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)
     return [
@@ -119,7 +177,7 @@ def _examples(trainee: Trainee) -> list[Example]:
             np.ones(n, dtype=np.float32) * (1 + i / 2),
             f"probe:{i}",
         )
-        for i, n in enumerate(LENGTHS)
+        for i, n in enumerate(lengths)
     ]
 
 

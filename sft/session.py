@@ -6,15 +6,15 @@ The loop itself is in `sft.train`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft import liger, setup
+from sft import compiling, liger, setup
 from sft.accelerator import shard_in
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
@@ -68,7 +68,7 @@ class Session:
         scores = self.score_held_out(asked_to_stop)
         if scores is None:
             return None
-        with inference_mode_of(self.job.trainee):
+        with self.scoring():
             samples = self._samples(split.samples[: self.config.eval.samples])
         if self.job.is_first:
             self.metrics.append({"event": "eval", "step": step, **scores})
@@ -86,7 +86,7 @@ class Session:
         assert split is not None
         total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
         join = Join(job.flat_rows, job.pad_id)
-        with inference_mode_of(job.trainee):
+        with self.scoring():
             lengths = [int(n) for n in split.lengths_E]
             for members in eval_plan(lengths, rank=job.rank, ranks=job.world, micro_tokens=job.micro_tokens):
                 batch = to_device(join([split.example(e) for e in members]), job.device)
@@ -99,14 +99,18 @@ class Session:
                     return None
         return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
 
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """The model in its inference mode, its layers plain."""
+        with inference_mode_of(self.job.trainee), compiling.plain_layers(self.job.resolved[compiling.KEY]):
+            yield
+
     def _samples(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Greedy answers; a sharded model needs all ranks for them, else rank 0 alone writes them."""
         job = self.job
         if not samples or not (job.is_first or job.is_sharded):
             return []
-        # The shapes of generation would use up how often compiled layers may be compiled again.
-        eager = torch.compiler.set_stance("force_eager") if self.config.model.compile else nullcontext()
-        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast), eager:
+        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast):
             return answer_samples(
                 job.trainee.model,
                 self.bundle.tokenizer,
@@ -253,9 +257,10 @@ def open_session(
         )
     if checkpointing:
         setup.enable_checkpointing(trainee)
-    if config.model.compile:
-        for layer in getattr(trainee.backbone, "layers", []):
-            layer.compile(dynamic=True)
+    proof[compiling.KEY] = compiling.choose(
+        trainee, config.model.compile, recorded if opening.checkpoint else None, flat_rows=proof["flat_rows"],
+        tokens=the_plan.total_steps * tokens_per_step, pad_id=bundle.tokenizer.pad_token_id or 0, say=say,
+    )  # fmt: skip
     peak = peak_learning_rate(config)
     optimizer = setup.build_optimizer(config, trainee, peak)
     shard_in(accelerator, precision)
@@ -330,6 +335,7 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
         "batch.micro_tokens": job.micro_tokens,
         "model.precision": job.resolved["precision"],
         "model.gradient_checkpointing": job.resolved["gradient_checkpointing"],
+        "model.compile": job.resolved[compiling.KEY],
         "model.attention": "flat" if job.flat_rows else "padded",
         **({"run.threads": job.resolved["threads"]} if job.device.type == "cpu" else {}),
     }

@@ -288,7 +288,7 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
         ("optim.lr=.inf", "'optim.lr' is .inf; wanted: auto or a number, above 0."),
         ("optim.lr='2e-5'", "'optim.lr' is \"2e-5\" (text)"),
         ("optim.betas=[0.9]", "wanted: a list of two values, each a number, at least 0 and below 1."),
-        ("model.compile=yes", "'model.compile' is yes (text); wanted: true or false. YAML 1.2 writes true."),
+        ("model.compile=yes", "'model.compile' is yes (text); wanted: auto or true or false. YAML 1.2 writes true."),
         ("log.name=7", "Put it in quotes: '\"7\"' on the command line"),
         ("data.eval=1.5", "'data.eval' is 1.5; wanted: a share below 1, a whole number of rows, 0 for none, or a list"),
         ("data.eval=-1", "'data.eval' is -1; wanted: a share below 1, a whole number of rows, 0 for none, or a list"),

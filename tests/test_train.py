@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -330,23 +329,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, model: Path, att
     plain = run_here(config)
     saved = run_here(config, f"run.dir={tmp_path}/saved", "model.gradient_checkpointing=true")
     assert relative(losses(saved), losses(plain)) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_layers_train_the_same(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after an evaluation with generated answers, whose shapes are others."""
-    from torch._dynamo.utils import counters
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    config = write_config(tmp_path, model, batch__micro_tokens=300)
-    plain = run_here(config)
-    counters.clear()
-    compiled = run_here(config, f"run.dir={tmp_path}/compiled", "model.compile=true")
-    assert counters["stats"]["unique_graphs"] > 0
-    assert not [reason for reason in counters["graph_break"] if "limit" in str(reason)], "they were given up"
-    assert relative(losses(compiled), losses(plain)) < 1e-6
 
 
 def test_the_best_checkpoint_becomes_final(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

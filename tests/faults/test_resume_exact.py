@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +33,11 @@ TUNINGS = {
     "lora, mixed": {*LORA, "model.precision=mixed"},
     "lora, bf16": {*LORA, "model.precision=bf16"},
     "qlora, mixed": {*QLORA, "model.precision=mixed"},
+    "full, compiled": {"model.compile=true", "model.precision=mixed"},
+    "lora, compiled": {*LORA, "model.compile=true", "model.precision=mixed"},
 }
-LOWER = [tuning for tuning in TUNINGS if "," in tuning]
+LOWER = [tuning for tuning in TUNINGS if tuning.endswith(("mixed", "bf16"))]
+COMPILED = [tuning for tuning in TUNINGS if tuning.endswith("compiled")]
 
 
 @functools.cache
@@ -134,6 +138,20 @@ def test_in_lower_precision(tmp_path: Path, tuning: str) -> None:
     assert job.run(faults=stop_after(3)).codes == [75]
     kept = {str(tensor.dtype) for tensor in load_checkpoint(job).values() if tensor.is_floating_point()}
     assert ("torch.float32" if "mixed" in tuning else "torch.bfloat16") in kept
+    assert job.run(faults=[fault(STEP, 3, "SIGKILL")]).codes == [-9]
+    job.train()
+    assert_same_run(job, reference(tuning))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("tuning", COMPILED)
+def test_with_compiled_layers(tmp_path: Path, tuning: str) -> None:
+    """Each process compiles anew, from the same first row, whatever step it starts at."""
+    job = new_job(tmp_path, tuning)
+    outcome = job.run(faults=stop_after(3))
+    assert outcome.codes == [75]
+    assert "compiled in" in outcome.output
     assert job.run(faults=[fault(STEP, 3, "SIGKILL")]).codes == [-9]
     job.train()
     assert_same_run(job, reference(tuning))
