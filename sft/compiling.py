@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,18 +22,20 @@ from sft.data.collate import flat, padded, to_device
 from sft.distributed import gather
 from sft.errors import DeviceError
 from sft.gguf import cache_root
-from sft.isolation import compiled_difference, probe
+from sft.isolation import compiled_difference, probe, run_once
 from sft.model import count_parameters
 from sft.trainee import Trainee
+from sft.types import Batch
 
 KEY = "compiled"  # among what a run records
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # Compiling takes half a minute once, and spares about a seventh of a step (docs/BENCHMARKS.md).
 WORTHWHILE_SECONDS = 600
 THREAD_FLOPS = 1e11  # a second; the order of magnitude of a core's matrix products
-# A prime, so that no size of a model is equal: torch.compile takes equal sizes for one. The first row decides how work
-# is divided among threads, so it is the same in every process of a run, and long enough to be divided.
-PROBE_LENGTHS = (509, 512)
+# The first row decides how kernels divide their work among threads, so it is the same in every process of a run, and
+# long enough to be divided. A prime, so that no size of a model is equal: torch.compile takes equal sizes for one.
+FIRST_ROW = (509, 512)
+COMPARED_ROW = (61, 66)  # short: plain layers keep more for their backward pass than compiled ones will
 
 
 def is_worthwhile(device_type: str, *, flops: float, threads: int) -> bool:
@@ -94,10 +96,15 @@ def compile_layers(trainee: Trainee, *, flat_rows: bool, pad_id: int, say: Calla
     if is_sharded_launch():
         return None
     say("compiling the decoder layers, once on this machine")
-    examples = probe(trainee, PROBE_LENGTHS)
-    batch = to_device(flat(examples) if flat_rows else padded(examples, pad_id), next(trainee.parameters()).device)
+    device = next(trainee.parameters()).device
+
+    def row(lengths: Sequence[int]) -> Batch:
+        examples = probe(trainee, lengths, later_half=True)
+        return to_device(flat(examples) if flat_rows else padded(examples, pad_id), device)
+
     try:
-        verdict = compiled_difference(trainee, batch)
+        run_once(trainee, row(FIRST_ROW))
+        verdict = compiled_difference(trainee, row(COMPARED_ROW))
     except Exception as error:  # no C++ compiler, no Python headers, a model that cannot be traced: all kinds
         return _cause(error)
     if verdict.is_exact:

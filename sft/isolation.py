@@ -104,9 +104,16 @@ class CompiledVerdict:
         return self.loss <= self.allowed / 8 and self.gradients <= 3 * self.allowed
 
 
+def run_once(trainee: Trainee, batch: Batch) -> None:
+    """Forward and backward, whose gradients are thrown away: compiles what is to be compiled."""
+    with _evaluation(trainee):
+        loss_sum(trainee, trainee, batch).backward()  # type: ignore[no-untyped-call]
+    trainee.zero_grad(set_to_none=True)
+
+
 def compiled_difference(trainee: Trainee, batch: Batch) -> CompiledVerdict:
-    """Loss and gradients of `batch` through compiled layers against those through plain ones. The layers are compiled
-    here, at their first pass. Leaves no gradients, and needs no more room than one set of them.
+    """Loss and gradients of `batch` through compiled layers against those through plain ones. Leaves no gradients, and
+    needs no more room than one set of them.
 
     A kind is the same weight of all layers: alone, the gradients of a norm's weight in bfloat16 are half rounding.
     """
@@ -167,18 +174,18 @@ def _allowed(trainee: Trainee) -> float:
     return 0.125 if rounding else 1e-3
 
 
-def probe(trainee: Trainee, lengths: Sequence[int]) -> list[Example]:
-    """Examples of random tokens, all trained, the same every time."""
+def probe(trainee: Trainee, lengths: Sequence[int], *, later_half: bool = False) -> list[Example]:
+    """Examples of random tokens, the same every time, all trained or the later half of each: in bfloat16 the gradients
+    of an example's first tokens are mostly rounding."""
     vocabulary = trainee.causal.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)
-    return [
-        Example(
-            rng.integers(0, vocabulary, size=n, dtype=np.int32),
-            np.ones(n, dtype=np.float32) * (1 + i / 2),
-            f"probe:{i}",
-        )
-        for i, n in enumerate(lengths)
-    ]
+
+    def example(number: int, length: int) -> Example:
+        ids_T = rng.integers(0, vocabulary, size=length, dtype=np.int32)
+        trained_T = np.arange(length) >= (length // 2 if later_half else 0)
+        return Example(ids_T, (trained_T * (1 + number / 2)).astype(np.float32), f"probe:{number}")
+
+    return [example(number, length) for number, length in enumerate(lengths)]
 
 
 def _run(trainee: Trainee, batch: Batch, *, mask_only: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,9 @@ from sft.config import OptimizerName, Tuning
 
 PLAIN_MLP = ("gpt2", "gpt_neox", "gptj", "gpt_bigcode", "opt", "bloom", "phi", "falcon", "starcoder2", "mpt", "codegen")
 LOGIT_CHUNK = 64 * 2**20  # of float32 logits at a time on a CPU, as in sft.loss; on a GPU steps are measured
-# What `batch.micro_tokens: auto` takes on a CPU, where activations cost memory. Each micro-batch casts all gradients of
-# a full finetune and unpacks QLoRA's weights; LoRA's thin products gain a tenth from 1,024 to 2,048 on two cores.
-CPU_MICRO_TOKENS: dict[Tuning, int] = {"full": 1536, "lora": 2048, "qlora": 4096}
+# What `batch.micro_tokens: auto` takes on a CPU: products are as fast as they get from about 1,000 tokens on, and
+# activations grow with each. QLoRA, which unpacks its weights for each micro-batch, would gain a tenth from 4,096.
+CPU_MICRO_TOKENS = 1536
 QUANT_BLOCK, DOUBLE_QUANT_BLOCK = 64, 256  # weights that share a scale, scales that share a second one (bitsandbytes)
 
 

@@ -1,10 +1,10 @@
 """FLOP/s of a training step over those that plain products of the model's own shapes reach in the same process.
 
-A step is the default one: 32 conversations in micro-batches of the size that `auto` begins with, gradients clipped,
-AdamW. Counted as useful: 6 floating-point operations a weight and token for a full finetune (2 forward, 4 backward), 4
-for LoRA's frozen weights, 6 for its adapters; the head at trained positions only; of attention's two products the half
-that causality leaves, 3 times each. The look-up of embeddings counts nothing. The plain products are those of the
-linear layers and the head.
+A step is the default one: 32 conversations in micro-batches of the size that `auto` begins with, compiled layers,
+gradients clipped, AdamW. Counted as useful: 6 floating-point operations a weight and token for a full finetune (2
+forward, 4 backward), 4 for LoRA's frozen weights, 6 for its adapters; the head at trained positions only; of
+attention's two products the half that causality leaves, 3 times each. The look-up of embeddings counts nothing. The
+plain products are those of the linear layers and the head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sft import attention
+from sft.compiling import compile_layers
 from sft.config import Lora
 from sft.data.collate import flat, to_device
 from sft.data.order import pack
@@ -40,17 +41,19 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, help="tokens of a micro-batch; default: as auto begins")
     parser.add_argument("--tunings", nargs="+", default=["full", "lora"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help="layers as they are written, as short runs have them")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
     for tuning in arguments.tunings:
-        micro_tokens = arguments.micro_tokens or (
-            CPU_MICRO_TOKENS[tuning] if device.type == "cpu" else GPU_MICRO_TOKENS
-        )
+        micro_tokens = arguments.micro_tokens or (CPU_MICRO_TOKENS if device.type == "cpu" else GPU_MICRO_TOKENS)
         batches = make_batches(arguments.examples, arguments.length, micro_tokens, device)
         tokens = sum(batch.num_tokens for batch in batches)
         trainee = make_trainee(arguments.model, tuning, device)
+        if not arguments.plain:
+            fault = compile_layers(trainee, flat_rows=True, pad_id=0, say=print)
+            assert fault is None, fault
         step = training_step(trainee, batches)
         parts = [matrix_products(trainee, batch, tuning) for batch in batches]
         plain_flops = sum(count for _, count in parts)

@@ -2,7 +2,8 @@
 
 Real tokens a second after the first step, peak resident memory, and losses by step, as medians over pairs. TRL runs
 at its defaults (padded batches, gradient checkpointing, bf16) and at its best on this machine (packing, no
-checkpointing). Packing puts other rows into a step than eight conversations, so its losses compare only roughly.
+checkpointing). We compile the layers before the first step, as `model.compile: auto` does for long runs on a CPU.
+Packing puts other rows into a step than eight conversations, so its losses compare only roughly.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
             "tuning": tuning, "steps": arguments.steps, "model": str(model), "config": str(config),
             "rows": str(ordered),
             "examples": arguments.examples, "tokens_a_step": tokens_a_step, "lr": 2e-5 if tuning == "full" else 2e-4,
-            "max_tokens": MAX_TOKENS[arguments.rows], "on_gpu": device is not None,
+            "max_tokens": MAX_TOKENS[arguments.rows], "on_gpu": device is not None, "compile": not arguments.plain,
         }  # fmt: skip
         for _ in range(arguments.pairs):
             results[tuning]["ours"].append(worker(sys.executable, "worker_sft.py", settings))
@@ -68,6 +69,7 @@ def parse() -> argparse.Namespace:
         help="gsm8k: --data; else made here: examples of 2k or 8k tokens, or a mix as of chats",
     )  # fmt: skip
     parser.add_argument("--shape", choices=["135m", "1b"], default="135m", help="1b: random weights, for a GPU")
+    parser.add_argument("--plain", action="store_true", help="our layers as they are written, as short runs have them")
     parser.add_argument("--peer-python", help="a Python that has TRL; else one is made in .venv-bench")
     return parser.parse_args()
 

@@ -17,6 +17,7 @@ def main(settings: dict[str, object]) -> None:
         command = [
             sys.executable, "-m", "sft", "train", str(settings["config"]), f"run.dir={run}",
             f"model.tuning={settings['tuning']}", f"train.max_steps={settings['steps']}",
+            f"model.compile={str(settings['compile']).lower()}",
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
