@@ -33,7 +33,8 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 WORTHWHILE_SECONDS = 600
 THREAD_FLOPS = 1e11  # a second; the order of magnitude of a core's matrix products
 # The first row decides how kernels divide their work among threads, so it is the same in every process of a run, and
-# long enough to be divided. A prime, so that no size of a model is equal: torch.compile takes equal sizes for one.
+# long enough to be divided. Its length is a prime, so that no size of a model equals it: torch.compile takes equal sizes
+# for one.
 FIRST_ROW = (509, 512)
 COMPARED_ROW = (61, 66)  # short: plain layers keep more for their backward pass than compiled ones will
 
@@ -72,11 +73,15 @@ def choose(
     fault = compile_layers(trainee, flat_rows=flat_rows, pad_id=pad_id, say=say)
     fault = next((each for each in gather(fault) if each is not None), None)
     if fault is None:
-        say(f"compiled in {time.monotonic() - started:.0f} s, and equal to the plain layers")
+        if not is_sharded_launch():
+            say(f"compiled in {time.monotonic() - started:.0f} s, and equal to the plain layers")
         return True
     torch.compiler.set_stance("force_eager")
     if setting is True:
-        raise DeviceError(f"model.compile is true, and the layers of this model cannot be compiled here: {fault}")
+        raise DeviceError(
+            f"model.compile is true, and the layers of this model cannot be compiled here: {fault}. "
+            "With auto or false they are trained as they are."
+        )
     say(f"note: the layers are not compiled: {fault}")
     return False
 
@@ -84,7 +89,7 @@ def choose(
 def compile_layers(trainee: Trainee, *, flat_rows: bool, pad_id: int, say: Callable[[str], None]) -> str | None:
     """Compiles the decoder layers where they stand, and runs them once beside plain ones. The fault, if there is one.
 
-    A sharded model is not run: its layers are not whole here. It is compiled in its first step.
+    A sharded model is not run, since its layers are not whole here: they are compiled in the first step.
     """
     layers = decoder_layers(trainee)
     if not layers:
@@ -94,6 +99,7 @@ def compile_layers(trainee: Trainee, *, flat_rows: bool, pad_id: int, say: Calla
     for layer in layers:
         layer.compile(dynamic=True)
     if is_sharded_launch():
+        say("the decoder layers are compiled in the first step; sharded, they are not held against plain ones")
         return None
     say("compiling the decoder layers, once on this machine")
     device = next(trainee.parameters()).device

@@ -105,9 +105,8 @@ class CompiledVerdict:
 
 
 def run_once(trainee: Trainee, batch: Batch) -> None:
-    """Forward and backward, whose gradients are thrown away: compiles what is to be compiled."""
-    with _evaluation(trainee):
-        loss_sum(trainee, trainee, batch).backward()  # type: ignore[no-untyped-call]
+    """Forward and backward as in training, the gradients thrown away: compiles what is to be compiled."""
+    loss_sum(trainee, trainee, batch).backward()  # type: ignore[no-untyped-call]
     trainee.zero_grad(set_to_none=True)
 
 

@@ -6,7 +6,8 @@ then divide": a mean of micro-batch means weighs short answers too much).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ Tensor = torch.Tensor
 # Of float32 logits at a time. On a CPU: small enough for caches, large enough for full-speed products. Each chunk reads
 # the head, and sums a gradient of its size where it is trained: on a GPU, whose products outrun its memory, chunks are
 # a share of the memory there is (1.2 GiB of 80).
-CPU_CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_SHARE = 1 / 64
 
 
@@ -45,6 +46,14 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(16, size // (4 * vocabulary))
 
 
+def chunks(targets: int, rows: int) -> Iterator[slice]:
+    """As few parts of at most `rows` as it takes, nearly equal: a small rest would pass over the head once more,
+    at a small product's rate."""
+    number = math.ceil(targets / rows)
+    for index in range(number):
+        yield slice(index * targets // number, (index + 1) * targets // number)
+
+
 def linear_loss_sum(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
     """Sum over M of weight * cross entropy of `hidden @ weight.T`: a float32 scalar with gradients.
 
@@ -68,8 +77,7 @@ def head_loss_sum(
     if len(targets_M) == 0:  # the head takes part all the same: DDP and FSDP wait for the gradients of what it trains
         return total + 0.0 * head(hidden_MD.new_zeros(1, hidden_MD.shape[-1])).float().sum()
     rows = chunk_rows(vocabulary, hidden_MD.device)
-    for start in range(0, len(targets_M), rows):
-        part = slice(start, start + rows)
+    for part in chunks(len(targets_M), rows):
         total = total + checkpoint(chunk_loss, hidden_MD[part], targets_M[part], weights_M[part], use_reentrant=False)
     return total
 
@@ -92,8 +100,7 @@ class _LinearLossSum(torch.autograd.Function):
         grad_weight: Tensor | None = None
         rows = chunk_rows(weight.shape[0], weight.device)
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            for start in range(0, len(targets_M), rows):
-                part = slice(start, start + rows)
+            for part in chunks(len(targets_M), rows):
                 hidden_mD, targets_m1, weights_m = hidden_MD[part], targets_M[part, None], weights_M[part]
                 logs_mV = torch.log_softmax(hidden_mD @ weight.T, dim=-1, dtype=torch.float32)
                 total -= (logs_mV.gather(1, targets_m1)[:, 0] * weights_m).sum()

@@ -179,15 +179,17 @@ def test_a_user_who_insists_is_told_what_is_missing(tmp_path: Path, model: Path)
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("attention_kind", ["auto", "padded"])
-def test_compiled_layers_train_the_same(tmp_path: Path, model: Path, own_kernels: None, attention_kind: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [[], ["model.attention=padded"], ["model.gradient_checkpointing=true"], ["model.tuning=lora"]]
+)
+def test_compiled_layers_train_the_same(tmp_path: Path, model: Path, own_kernels: None, settings: list[str]) -> None:
     """Also after an evaluation with generated answers, whose shapes are others. Lengths do not compile anew."""
     from torch._dynamo.utils import counters
 
-    config = write_config(tmp_path, model, batch__micro_tokens=300, model__attention=attention_kind)
-    plain = run_here(config)
+    config = write_config(tmp_path, model, batch__micro_tokens=300)
+    plain = run_here(config, *settings)
     counters.clear()
-    compiled = run_here(config, f"run.dir={tmp_path}/compiled", "model.compile=true")
+    compiled = run_here(config, f"run.dir={tmp_path}/compiled", "model.compile=true", *settings)
     assert counters["stats"]["unique_graphs"] > 0
     assert not [reason for reason in counters["graph_break"] if "limit" in str(reason)], "they were given up"
     assert relative(losses(compiled), losses(plain)) < 1e-6

@@ -32,6 +32,15 @@ def by_head(hidden: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> 
     return head_loss_sum(hidden, lambda h: h @ weight.T, weight.shape[0], *rest)
 
 
+@pytest.mark.parametrize(
+    ("targets", "rows", "sizes"), [(0, 5, []), (4, 5, [4]), (5, 5, [5]), (6, 5, [3, 3]), (11, 5, [3, 4, 4])]
+)
+def test_chunks_are_few_and_nearly_equal(targets: int, rows: int, sizes: list[int]) -> None:
+    parts = list(losses.chunks(targets, rows))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(targets)[part]] == list(range(targets))
+
+
 @pytest.mark.parametrize("function", [linear_loss_sum, by_head])
 @pytest.mark.parametrize("rows", [1, 8, 37, 100])
 def test_value_and_gradients_equal_the_full_matrix(function: Loss, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

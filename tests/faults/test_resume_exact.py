@@ -194,6 +194,7 @@ def process_of(job: Job) -> subprocess.Popen[bytes]:
         (2, "full"),
         pytest.param(2, "full, mixed", marks=pytest.mark.slow),
         pytest.param(2, "lora, mixed", marks=pytest.mark.slow),
+        pytest.param(2, "full, compiled", marks=pytest.mark.slow),
         pytest.param(3, "full", marks=pytest.mark.slow),
         pytest.param(2, "lora", marks=pytest.mark.slow),
         pytest.param(3, "lora", marks=pytest.mark.slow),
