@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sft.config import Auto
 from sft.data.collate import flat, padded, to_device
 from sft.distributed import gather
 from sft.errors import DeviceError
+from sft.evaluate import inference_mode_of
 from sft.gguf import cache_root
 from sft.isolation import compiled_difference, probe, run_once
 from sft.model import count_parameters
@@ -33,7 +34,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 WORTHWHILE_SECONDS = 600
 THREAD_FLOPS = 1e11  # a second; the order of magnitude of a core's matrix products
 # The first row decides how kernels divide their work among threads, so it is the same in every process of a run, and
-# long enough to be divided. Its length is a prime, so that no size of a model equals it: torch.compile takes equal sizes
+# long enough to be divided. Its length is a prime, and so no size of a model: torch.compile takes equal sizes
 # for one.
 FIRST_ROW = (509, 512)
 COMPARED_ROW = (61, 66)  # short: plain layers keep more for their backward pass than compiled ones will
@@ -52,6 +53,7 @@ def choose(
     tokens: int,
     flat_rows: bool,
     pad_id: int,
+    checkpointing: bool,
     say: Callable[[str], None],
 ) -> bool:
     """Whether the decoder layers are compiled now. A collective.
@@ -70,7 +72,7 @@ def choose(
     if not wanted:
         return False
     started = time.monotonic()
-    fault = compile_layers(trainee, flat_rows=flat_rows, pad_id=pad_id, say=say)
+    fault = compile_layers(trainee, flat_rows=flat_rows, pad_id=pad_id, checkpointing=checkpointing, say=say)
     fault = next((each for each in gather(fault) if each is not None), None)
     if fault is None:
         if not is_sharded_launch():
@@ -86,18 +88,22 @@ def choose(
     return False
 
 
-def compile_layers(trainee: Trainee, *, flat_rows: bool, pad_id: int, say: Callable[[str], None]) -> str | None:
+def compile_layers(
+    trainee: Trainee, *, flat_rows: bool, pad_id: int, say: Callable[[str], None], checkpointing: bool = False
+) -> str | None:
     """Compiles the decoder layers where they stand, and runs them once beside plain ones. The fault, if there is one.
 
-    A sharded model is not run, since its layers are not whole here: they are compiled in the first step.
+    With gradient checkpointing the parts of each layer are compiled, since what is run again must not break the graph,
+    which flat attention does. A sharded model is not run, since its layers are not whole here: they are compiled in the
+    first step.
     """
     layers = decoder_layers(trainee)
     if not layers:
         return "the model does not name its decoder layers"
     _keep_kernels()
     torch.compiler.set_stance("default")
-    for layer in layers:
-        layer.compile(dynamic=True)
+    for unit in [part for layer in layers for part in layer.children()] if checkpointing else layers:
+        unit.compile(dynamic=True)
     if is_sharded_launch():
         say("the decoder layers are compiled in the first step; sharded, they are not held against plain ones")
         return None
@@ -125,13 +131,11 @@ def decoder_layers(trainee: Trainee) -> list[nn.Module]:
 
 
 @contextmanager
-def plain_layers(compiled: bool) -> Iterator[None]:
-    """Layers as they are written: shapes of evaluations and of generation would use up how often they may be compiled,
-    and a score should not depend on how training computes."""
-    if not compiled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+def scoring(trainee: Trainee, compiled: bool) -> Iterator[None]:
+    """`inference_mode_of`, with layers as they are written: shapes of evaluations and of generation would use up how
+    often they may be compiled, and a score should not depend on how training computes."""
+    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with inference_mode_of(trainee), plain:
         yield
 
 

@@ -6,8 +6,7 @@ The loop itself is in `sft.train`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from sft.config import Config
 from sft.data.collate import to_device
 from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import as_readable_as, write_json, write_text
-from sft.evaluate import EvalSums, eval_plan, inference_mode_of, metrics, score_hidden
+from sft.evaluate import EvalSums, eval_plan, metrics, score_hidden
 from sft.generate import answer_samples
 from sft.model import resolve_precision
 from sft.opening import Opening, cut_metrics, on_first_rank
@@ -68,7 +67,7 @@ class Session:
         scores = self.score_held_out(asked_to_stop)
         if scores is None:
             return None
-        with self.scoring():
+        with compiling.scoring(self.job.trainee, self.job.resolved[compiling.KEY]):
             samples = self._samples(split.samples[: self.config.eval.samples])
         if self.job.is_first:
             self.metrics.append({"event": "eval", "step": step, **scores})
@@ -86,7 +85,7 @@ class Session:
         assert split is not None
         total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
         join = Join(job.flat_rows, job.pad_id)
-        with self.scoring():
+        with compiling.scoring(job.trainee, job.resolved[compiling.KEY]):
             lengths = [int(n) for n in split.lengths_E]
             for members in eval_plan(lengths, rank=job.rank, ranks=job.world, micro_tokens=job.micro_tokens):
                 batch = to_device(join([split.example(e) for e in members]), job.device)
@@ -98,12 +97,6 @@ class Session:
                 if any(sum_over_ranks([float(asked_to_stop())], job.device)):
                     return None
         return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
-
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """The model in its inference mode, its layers plain."""
-        with inference_mode_of(self.job.trainee), compiling.plain_layers(self.job.resolved[compiling.KEY]):
-            yield
 
     def _samples(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Greedy answers; a sharded model needs all ranks for them, else rank 0 alone writes them."""
@@ -259,7 +252,8 @@ def open_session(
         setup.enable_checkpointing(trainee)
     proof[compiling.KEY] = compiling.choose(
         trainee, config.model.compile, recorded if opening.checkpoint else None, flat_rows=proof["flat_rows"],
-        tokens=the_plan.total_steps * tokens_per_step, pad_id=bundle.tokenizer.pad_token_id or 0, say=say,
+        tokens=the_plan.total_steps * tokens_per_step, pad_id=bundle.tokenizer.pad_token_id or 0,
+        checkpointing=checkpointing, say=say,
     )  # fmt: skip
     peak = peak_learning_rate(config)
     optimizer = setup.build_optimizer(config, trainee, peak)

@@ -72,7 +72,9 @@ GPT2: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 
 
 
 def choose(trainee: Trainee, setting: Any, recorded: dict[str, Any] | None, tokens: int = 1000) -> bool:
-    return compiling.choose(trainee, setting, recorded, tokens=tokens, flat_rows=True, pad_id=0, say=lambda text: None)
+    return compiling.choose(
+        trainee, setting, recorded, tokens=tokens, flat_rows=True, pad_id=0, checkpointing=False, say=lambda text: None
+    )
 
 
 def test_what_is_plain_stays_plain() -> None:
@@ -149,7 +151,7 @@ from sft import compiling
 
 trainee = model("llama", "cpu")
 made = compiling.choose(
-    trainee, "auto", {compiling.KEY: True}, tokens=0, flat_rows=True, pad_id=0, say=lambda text: print(text)
+    trainee, "auto", {compiling.KEY: True}, tokens=0, flat_rows=True, pad_id=0, checkpointing=False, say=print
 )
 ids = torch.arange(1, 9)[None]
 print(made, bool(trainee.causal(input_ids=ids, use_cache=False).logits.isfinite().all()))

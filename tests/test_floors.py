@@ -31,8 +31,8 @@ FLOORS: dict[float, str] = {
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
-    2.6: "compiling",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
+    3.2: "compiling",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
     4.2: "picture pieces",
