@@ -226,7 +226,7 @@ def _micro_tokens(picture: Picture, kind: str) -> int:
     lengths_E = picture.prepared.train.lengths_E
     longest = int(lengths_E.max())
     step = int(lengths_E.mean() * picture.config.batch.examples) + 1
-    return longest if kind == "cuda" else max(longest, min(step, CPU_MICRO_TOKENS))
+    return longest if kind == "cuda" else max(longest, min(step, CPU_MICRO_TOKENS[picture.config.model.tuning]))
 
 
 def _judge_memory(picture: Picture, memory: Memory, available: int, devices: int) -> None:

@@ -116,6 +116,8 @@ def compile_layers(
 
     try:
         run_once(trainee, row(FIRST_ROW))
+        if not flat_rows:  # a padded batch of one is compiled apart: torch.compile takes sizes of one for constants
+            run_once(trainee, row(FIRST_ROW[:1]))
         verdict = compiled_difference(trainee, row(COMPARED_ROW))
     except Exception as error:  # no C++ compiler, no Python headers, a model that cannot be traced: all kinds
         return _cause(error)

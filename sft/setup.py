@@ -314,7 +314,7 @@ def choose_micro_tokens(job: Job, config: Config, longest: int, step_tokens: int
     if config.batch.micro_tokens != "auto":
         return int(config.batch.micro_tokens)
     if job.device.type != "cuda":
-        return max(longest, CPU_MICRO_TOKENS)
+        return max(longest, CPU_MICRO_TOKENS[config.model.tuning])
     attempt = step_memory(job, config, longest)
 
     def together(tokens: int) -> Used | None:

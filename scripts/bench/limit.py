@@ -47,7 +47,9 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     for tuning in arguments.tunings:
-        micro_tokens = arguments.micro_tokens or (CPU_MICRO_TOKENS if device.type == "cpu" else GPU_MICRO_TOKENS)
+        micro_tokens = arguments.micro_tokens or (
+            CPU_MICRO_TOKENS[tuning] if device.type == "cpu" else GPU_MICRO_TOKENS
+        )
         batches = make_batches(arguments.examples, arguments.length, micro_tokens, device)
         tokens = sum(batch.num_tokens for batch in batches)
         trainee = make_trainee(arguments.model, tuning, device)
