@@ -17,8 +17,8 @@ from sft.config import OptimizerName, Tuning
 PLAIN_MLP = ("gpt2", "gpt_neox", "gptj", "gpt_bigcode", "opt", "bloom", "phi", "falcon", "starcoder2", "mpt", "codegen")
 LOGIT_CHUNK = 96 * 2**20  # of float32 logits at a time on a CPU, as in sft.loss; on a GPU steps are measured
 # What `batch.micro_tokens: auto` takes on a CPU: products are as fast as they get from about 1,000 tokens on, and
-# activations grow with each. But a full finetune casts and adds all gradients for each micro-batch. QLoRA, which unpacks
-# its weights, would gain a tenth from 4,096, and take up to twice the memory.
+# activations grow with each. But a full finetune casts and adds all gradients for each micro-batch. QLoRA unpacks
+# its weights there: 4,096 would be a tenth faster, and take up to twice the memory.
 CPU_MICRO_TOKENS: dict[Tuning, int] = {"full": 2048, "lora": 1536, "qlora": 1536}
 QUANT_BLOCK, DOUBLE_QUANT_BLOCK = 64, 256  # weights that share a scale, scales that share a second one (bitsandbytes)
 
