@@ -10,7 +10,7 @@ models hand down to every attention layer. Cost follows the sum of squared segme
 - soft caps (Gemma 2) and sinks (gpt-oss): written out in plain operations, segment by segment; long ones in blocks.
 
 A model whose attention ignores what is passed here, or mixes tokens in other ways (linear attention, convolutions),
-is found out by `sft.proof`, which compares with the examples run alone.
+is found out by `sft.isolation`, which compares with the examples run alone.
 """
 
 from __future__ import annotations

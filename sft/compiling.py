@@ -34,8 +34,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 WORTHWHILE_SECONDS = 600
 THREAD_FLOPS = 1e11  # a second; the order of magnitude of a core's matrix products
 # The first row decides how kernels divide their work among threads, so it is the same in every process of a run, and
-# long enough to be divided. Its length is a prime, and so no size of a model: torch.compile takes equal sizes
-# for one.
+# long enough to be divided. Its length is a prime, and so no size of a model: torch.compile takes equal sizes for one.
 FIRST_ROW = (509, 512)
 COMPARED_ROW = (61, 66)  # short: plain layers keep more for their backward pass than compiled ones will
 
@@ -76,7 +75,7 @@ def choose(
     fault = next((each for each in gather(fault) if each is not None), None)
     if fault is None:
         if not is_sharded_launch():
-            say(f"compiled in {time.monotonic() - started:.0f} s, and equal to the plain layers")
+            say(f"compiled in {time.monotonic() - started:.0f} s, and equal to the plain layers within rounding")
         return True
     torch.compiler.set_stance("force_eager")
     if setting is True:
@@ -84,7 +83,8 @@ def choose(
             f"model.compile is true, and the layers of this model cannot be compiled here: {fault}. "
             "With auto or false they are trained as they are."
         )
-    say(f"note: the layers are not compiled: {fault}")
+    until_now = ", as they were until now: sums are rounded otherwise from here on" if recorded is not None else ""
+    say(f"note: the layers are not compiled{until_now}: {fault}")
     return False
 
 

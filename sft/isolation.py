@@ -106,8 +106,10 @@ class CompiledVerdict:
 
 def run_once(trainee: Trainee, batch: Batch) -> None:
     """Forward and backward as in training, the gradients thrown away: compiles what is to be compiled."""
-    loss_sum(trainee, trainee, batch).backward()  # type: ignore[no-untyped-call]
-    trainee.zero_grad(set_to_none=True)
+    try:
+        loss_sum(trainee, trainee, batch).backward()  # type: ignore[no-untyped-call]
+    finally:  # also those of half a backward pass: the first step would add to them
+        trainee.zero_grad(set_to_none=True)
 
 
 def compiled_difference(trainee: Trainee, batch: Batch) -> CompiledVerdict:

@@ -18,7 +18,7 @@ from liger_job import model as small_model
 
 from sft import attention, compiling
 from sft.data.collate import flat, to_device
-from sft.isolation import compiled_difference, probe
+from sft.isolation import compiled_difference, probe, run_once
 from sft.runfolder import RunFolder
 from sft.trainee import Trainee
 
@@ -131,6 +131,21 @@ def test_the_proof_is_sharp_in_float32(own_kernels: None) -> None:
     assert 0 < verdict.gradients < 1e-4, "rounded otherwise, so they were compiled"
 
 
+def test_half_a_backward_pass_leaves_no_gradients() -> None:
+    """Training goes on with plain layers then, and its first step must not add to them."""
+    trainee, seen = small_model("llama", "cpu"), []
+
+    def fail(gradient: torch.Tensor) -> None:
+        seen.append(trainee.causal.model.norm.weight.grad)
+        raise RuntimeError("a kernel that cannot be compiled")
+
+    trainee.causal.get_input_embeddings().register_forward_hook(lambda *args: args[2].register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        run_once(trainee, to_device(flat(probe(trainee, (7, 12))), torch.device("cpu")))
+    assert seen[0] is not None, "the pass had come this far"
+    assert all(parameter.grad is None for parameter in trainee.parameters())
+
+
 def test_kernels_do_not_lie_where_anyone_may_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFT_CACHE", str(tmp_path))
     for before, after in (
@@ -167,7 +182,10 @@ def test_auto_goes_on_with_plain_layers_where_there_is_no_compiler(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     first, note, last = done.stdout.splitlines()
     assert first == "compiling the decoder layers, once on this machine"
-    assert note.startswith("note: the layers are not compiled: InvalidCxxCompiler: No working C++ compiler found")
+    assert note.startswith(
+        "note: the layers are not compiled, as they were until now: sums are rounded otherwise from here on: "
+        "InvalidCxxCompiler: No working C++ compiler found"
+    )
     assert last == "False True"
 
 
