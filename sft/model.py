@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sft.adapterparts import refuse_unknown_modules, rows_to_train
+from sft.basedtype import base_dtype
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
@@ -75,6 +76,8 @@ def load_base(
         if device is not None:
             options["device_map"] = {"": device}
     try:
+        if dtype == "auto":
+            dtype = base_dtype(name, revision=revision, trust_remote_code=trust_remote_code) or "auto"
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_source(name),
             revision=revision,

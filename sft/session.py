@@ -5,7 +5,6 @@ The loop itself is in `sft.train`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from sft import compiling, liger, setup
 from sft.accelerator import shard_in
+from sft.basedtype import base_dtype, write_dtype
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
@@ -179,7 +179,7 @@ class Session:
             weights = _each_once(weights, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if self.config.model.tuning == "full":
             trainee.causal.save_pretrained(folder, state_dict=weights)
-            _set_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
+            write_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
         else:
             trainee.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
@@ -288,6 +288,8 @@ def open_session(
     }
     if opening.checkpoint is not None:
         load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
+    if config.model.tuning == "full":
+        job.resolved["saved_dtype"] = recorded.get("saved_dtype") or _saved_dtype(config, trainee)
     state = replace(state, total_steps=the_plan.total_steps)
     session = Session(
         config, folder, job, bundle, data, state, MetricsLog(folder.metrics),
@@ -371,11 +373,12 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """config.json must name the dtype of the saved weights, which need not be that of the live ones."""
-    values = json.loads(config_file.read_text())
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+def _saved_dtype(config: Config, trainee: torch.nn.Module) -> str:
+    """The dtype of a full finetune's final/: the base's own, else that of the live weights."""
+    base = config.model
+    found = base_dtype(base.name, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    found = found or next(p.dtype for p in trainee.parameters() if p.is_floating_point())
+    return str(found).removeprefix("torch.")
 
 
 def _each_once(
