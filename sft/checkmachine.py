@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sft.adapterparts import refuse_unknown_modules
+from sft.adapterparts import parted_note, refuse_unknown_modules, tied_pair
 from sft.errors import DeviceError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
@@ -99,7 +99,7 @@ def look_at_modules(picture: Picture) -> None:
     """Whether the modules that an adapter names are there, in the model as its config builds it, without weights."""
     model = picture.config.model
     named: dict[str, str | list[str]] = {"targets": model.lora.targets, "modules_to_save": model.lora.modules_to_save}
-    if model.tuning == "full" or model.adapter or all(isinstance(names, str) or not names for names in named.values()):
+    if model.tuning == "full" or model.adapter or all(names in ("all-linear", []) for names in named.values()):
         return
     skeleton = None if model.trust_remote_code else _skeleton(picture.settings)
     if skeleton is None:
@@ -109,6 +109,9 @@ def look_at_modules(picture: Picture) -> None:
             refuse_unknown_modules(skeleton, key, names)
         except ModelError as error:
             picture.problems.append(str(error))
+    note = parted_note(tied_pair(skeleton), *named.values())
+    if note is not None:
+        picture.notes.append(note)
 
 
 def _skeleton(settings: Mapping[str, Any]) -> Any:
