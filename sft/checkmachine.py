@@ -24,6 +24,7 @@ CHECKPOINT_FACTOR = 3  # a checkpoint holds the trained weights and two moments 
 def look_at_model(picture: Picture) -> None:
     """config.json, whether transformers knows such a model, where its weights are."""
     from sft.gguf import gguf_file
+    from sft.weightfiles import faults_of
 
     model = picture.config.model
     try:
@@ -46,12 +47,12 @@ def look_at_model(picture: Picture) -> None:
     folder = Path(model.name)
     if file is None:
         picture.problems += _unknown_kind(picture)
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            picture.problems.append(
-                f"model.name: there are no *.safetensors in {folder}. Weights are read from safetensors only; "
-                "save the model again with save_pretrained."
-            )
-    picture.parameters = picture.settings.get("_parameters") or _parameters_in(folder)
+        faults = list(faults_of(folder)) if folder.is_dir() else []
+        picture.problems += [f"model.name: {fault}" for fault in faults]
+        if not faults:
+            picture.parameters = _parameters_in(folder)
+    else:
+        picture.parameters = picture.settings.get("_parameters")
     if picture.parameters is None and picture.shape is not None:
         picture.parameters = picture.shape.parameters
     adapter = model.adapter
@@ -132,9 +133,11 @@ def _skeleton(settings: Mapping[str, Any]) -> Any:
 
 
 def _parameters_in(folder: Path) -> int | None:
+    """Numbers in the files that are loaded, not in whatever else lies there."""
     from sft.glance import safetensors_parameters
+    from sft.weightfiles import weight_files
 
-    return sum(map(safetensors_parameters, folder.glob("*.safetensors"))) or None if folder.is_dir() else None
+    return sum(map(safetensors_parameters, weight_files(str(folder)))) or None if folder.is_dir() else None
 
 
 def gguf_settings(file: Path) -> dict[str, Any]:
@@ -180,11 +183,12 @@ def look_at_memory(picture: Picture) -> None:
     import torch
 
     from sft import liger
+    from sft.devices import device_name, training_device
     from sft.model import resolve_precision
 
     config, shape = picture.config, picture.shape
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picture.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    device = training_device()
+    picture.device = device_name(device)
     picture.precision = resolve_precision(config.model.precision, device)
     picture.available = _free_memory(device.type)
     if liger.unavailable(device.type, is_sharded=False) is None:

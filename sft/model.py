@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from sft.adapterparts import refuse_unknown_modules, rows_to_train
-from sft.basedtype import base_dtype
 from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
 from sft.hub import cure
 from sft.runfolder import RunFolder
+from sft.weightfiles import base_dtype
 
 Precision = Literal["bf16", "mixed", "fp32"]
 

@@ -14,12 +14,12 @@ import torch
 
 from sft import compiling, liger, setup
 from sft.accelerator import shard_in
-from sft.basedtype import base_dtype, write_dtype
 from sft.batches import Join
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
 from sft.config import Config
 from sft.data.collate import to_device
+from sft.devices import add_to, device_name, zeros_64
 from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, metrics, score_hidden
@@ -33,6 +33,7 @@ from sft.schedule import Plan, peak_learning_rate
 from sft.space import check_space
 from sft.trainee import loss_sum
 from sft.versions import versions
+from sft.weightfiles import base_dtype, write_dtype
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -83,7 +84,7 @@ class Session:
         """The weights as they are, on the held-out split, each row once across ranks. None where a rank is to stop."""
         job, split = self.job, self.data.eval
         assert split is not None
-        total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
+        total_6 = zeros_64(6, job.device)
         join = Join(job.flat_rows, job.pad_id)
         with compiling.scoring(job.trainee, job.resolved[compiling.KEY]):
             lengths = [int(n) for n in split.lengths_E]
@@ -93,7 +94,7 @@ class Session:
                 def score(features: torch.Tensor, head: Any, batch: Any = batch) -> torch.Tensor:
                     return score_hidden(features, head, batch.targets_M, batch.weights_M, self.bundle.stop_ids)
 
-                total_6 += loss_sum(job.trainee, job.trainee, batch, score)
+                add_to(total_6, loss_sum(job.trainee, job.trainee, batch, score))
                 if any(sum_over_ranks([float(asked_to_stop())], job.device)):
                     return None
         return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
@@ -356,8 +357,8 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device_name(device)
     import platform
 
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

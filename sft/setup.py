@@ -17,6 +17,7 @@ from sft.accelerator import is_sharded_launch
 from sft.adapterparts import parted_note, refuse_untrained_tokens, tied_pair, token_modules
 from sft.config import Config
 from sft.data.collate import flat, idle, padded, to_device
+from sft.devices import training_device
 from sft.distributed import gather
 from sft.errors import DeviceError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
@@ -87,7 +88,7 @@ class Job:
 def set_up_libraries(config: Config) -> None:
     """Quiet libraries, memory that stays on a CPU, and repeatable kernels where asked for."""
     hush_libraries()
-    if not torch.accelerator.is_available():
+    if training_device().type == "cpu":
         keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

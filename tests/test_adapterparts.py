@@ -11,8 +11,8 @@ import torch
 from conftest import make_model
 from jobs import run_cli, write_config
 
-from sft.config import Lora
 from sft.adapterparts import TiedPair, parted_note
+from sft.config import Lora
 from sft.errors import ModelError
 from sft.model import add_adapter, load_adapter, load_base
 

@@ -171,7 +171,12 @@ def test_a_tied_head_that_is_trained_apart_is_exported_apart(tmp_path: Path, mod
     assert torch.equal(head, original) == ("lm_head" not in modules)
 
 
-TIED_TARGETS: list[Any] = [["embed_tokens", "lm_head", "q_proj"], ["embed_tokens"], ["lm_head"], r".*(embed_tokens|lm_head)"]
+TIED_TARGETS: list[Any] = [
+    ["embed_tokens", "lm_head", "q_proj"],
+    ["embed_tokens"],
+    ["lm_head"],
+    r".*(embed_tokens|lm_head)",
+]
 
 
 @pytest.mark.parametrize(("targets", "dora"), [*((t, False) for t in TIED_TARGETS), (TIED_TARGETS[0], True)], ids=str)

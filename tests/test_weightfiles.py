@@ -1,4 +1,4 @@
-"""final/ and merged exports keep the base's dtype, also where its config names none, and say so in each of its parts."""
+"""final/ and merged exports keep the base's dtype, also where its config names none, and say so in each part."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jobs import run_here, write_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.basedtype import base_dtype, stored_dtype, weight_files, write_dtype
 from sft.export import export
 from sft.model import load_base
+from sft.weightfiles import base_dtype, stored_dtype, weight_files, write_dtype
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),

@@ -1,7 +1,7 @@
-"""The dtype that a base model is kept in: what its config names, else what its weights are stored in.
+"""A base model's files of weights, by their headers alone: whether they are all there, and the dtype they are kept in.
 
-Older repositories name none in config.json. transformers then takes the first tensor's; here most of the bytes decide,
-so that a norm kept in float32 does not speak for a model in 16 bits.
+Older repositories name no dtype in config.json. transformers then takes the first tensor's; here most of the bytes
+decide, so that a norm kept in float32 does not speak for a model in 16 bits.
 """
 
 from __future__ import annotations
@@ -64,6 +64,48 @@ def weight_files(source: str, revision: str | None = None) -> Iterator[Path]:
             yield file
 
 
+def faults_of(folder: Path) -> Iterator[str]:
+    """Yields what keeps transformers from reading the weights in `folder`, one sentence each, the cure last."""
+    single, index = folder / SINGLE, folder / INDEX
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not found and not index.is_file():
+        yield (
+            f"there are no *.safetensors in {folder}. Weights are read from safetensors only; save the model again "
+            "with save_pretrained."
+        )
+    elif not single.is_file() and not index.is_file():
+        yield (
+            f"{folder} holds {', '.join(found[:3])}{' …' * (len(found) > 3)}, but neither {SINGLE} nor {INDEX}, which "
+            "says in which file a weight is. Fetch that one too, or save the model again with save_pretrained."
+        )
+    else:
+        try:
+            wanted = [SINGLE] if single.is_file() else shards_of(index)
+        except (OSError, ValueError) as error:
+            yield f"{index} cannot be read ({error}). Fetch it again."
+            return
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if missing:
+            yield (
+                f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)} ({len(missing)} of the "
+                f"{len(wanted)} files that {INDEX} lists). Fetch what is missing, or the model again."
+            )
+        for name in wanted:
+            if name not in missing and (cut := _is_cut(folder / name)):
+                yield f"{folder / name} {cut}. Fetch it again."
+
+
+def _is_cut(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            end = 8 + int.from_bytes(stream.read(8), "little")
+        end += max((entry["data_offsets"][1] for entry in tensors_in(file).values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "is no safetensors file, or was cut"
+    size = file.stat().st_size
+    return f"was cut: it has {size:,} bytes, and {end:,} by its header" if size < end else ""
+
+
 def shards_of(index: Path) -> list[str]:
     """The names of the files that a safetensors index lists. Raises ValueError where it is no such index."""
     listed = json.loads(index.read_text(encoding="utf-8"))
@@ -74,7 +116,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 def tensors_in(file: Path) -> Mapping[str, Any]:
-    """{name: {dtype, shape, data_offsets}} from the header of a safetensors file. Raises ValueError where it is none."""
+    """{name: {dtype, shape, data_offsets}} from the header of a file. Raises ValueError where there is none."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         if not 0 < size < MOST_HEADER_BYTES:
