@@ -223,6 +223,8 @@ def test_compiled_layers_train_the_same(tmp_path: Path, model: Path, own_kernels
 def test_the_number_of_segments_compiles_nothing_anew(opaque: bool) -> None:
     from torch._dynamo.utils import counters
 
+    torch.compiler.reset()  # what other tests compiled counts towards torch's limit
+    counters.clear()
     trainee = trainee_of("llama")
     for layer in compiling.decoder_layers(trainee):
         layer.compile(dynamic=True, backend="eager")
