@@ -338,6 +338,9 @@ def _root(
 
 def main() -> None:
     """Entry point of `sft` and of `python -m sft`."""
+    if sys.platform == "win32":  # its locks, signals and limits are other ones
+        print("error: sft runs on Linux and macOS. On Windows, use it inside WSL 2.", file=sys.stderr)
+        sys.exit(EXIT_USER)
     open_streams()
     dashed = [argument for argument in sys.argv[1:] if re.match(r"--\w+\.\w", argument)]
     if dashed:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config import Config
+from sft.devices import training_device
 from sft.errors import ConfigError, DeviceError
 from sft.watchdog import STALL_SECONDS
 
@@ -33,7 +34,7 @@ def make_accelerator(config: Config, run_dir: Path) -> Any:
             )
     return Accelerator(
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
-        cpu=not torch.accelerator.is_available(),
+        cpu=training_device().type == "cpu",
         mixed_precision="no",  # autocast is the trainee's
         fsdp_plugin=sharding(config) if is_sharded_launch() else None,
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.

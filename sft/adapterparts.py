@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sft.errors import ModelError, did_you_mean
@@ -61,6 +63,50 @@ def rows_to_train(model: Any, token_ids: Sequence[int], modules_to_save: Sequenc
                 f"[{embedding}, {name}], or neither: the rows of new tokens are trained and saved anyway."
             )
     return {name: ids for name, ids in modules.items() if name not in whole} or None
+
+
+@dataclass(frozen=True, slots=True)
+class TiedPair:
+    """An embedding of `rows` x `width` and the head that shares its weights, by their full names."""
+
+    embedding: str
+    head: str
+    rows: int
+    width: int
+
+
+def tied_pair(model: Any) -> TiedPair | None:
+    """The embedding and head of a model without adapter; None where each has weights of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    return TiedPair(names[id(embedding)], names[id(head)], *map(int, embedding.weight.shape))
+
+
+def parted_note(pair: TiedPair | None, *trained: str | Collection[str] | None) -> str | None:
+    """What training one of a tied pair by itself, or each in its own way, means for merging; None where it is not done.
+
+    `trained`: names of modules as PEFT takes them: a pattern of whole names, or ends of names.
+    """
+    if pair is None:
+        return None
+    changed = [name for name in (pair.embedding, pair.head) if any(_names(part, name) for part in trained)]
+    if not changed:
+        return None
+    embedding, head = (name.rsplit(".", 1)[-1] for name in (pair.embedding, pair.head))
+    how = f"the adapter changes {changed[0].rsplit('.', 1)[-1]} alone" if len(changed) == 1 else "each is changed apart"
+    return (
+        f"model.lora: {embedding} and {head} of this model share their weights, and {how}. sft export --merge gives "
+        f"each its own ({pair.rows:,} x {pair.width:,} weights more, tie_word_embeddings: false); tools that merge "
+        "without parting them give another model"
+    )
+
+
+def _names(trained: str | Collection[str] | None, module: str) -> bool:
+    if isinstance(trained, str):
+        return trained != "all-linear" and re.fullmatch(trained, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in trained or ())
 
 
 def refuse_unknown_modules(model: Any, key: str, names: str | Sequence[str]) -> None:

@@ -46,16 +46,32 @@ def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> 
     assert attention_mask is None, "a padded batch reached the flat attention"
 
 
-def segments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments for a model's forward: cumulative ends (S + 1,) int32 and the longest segment.
+class SegmentLengths:
+    """The lengths of a row's segments as the host knows them, so that no layer has to ask the device.
 
-    The names are those that transformers' models pass on to flash attention.
+    An object of its own, which whatever moves tensors (DDP, FSDP) leaves where it is, and which torch.compile knows by
+    its type alone: a tuple would be compiled anew for each number of segments.
+    """
+
+    __slots__ = ("lengths",)
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+
+def segments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for a model's forward: cumulative ends (S + 1,) int32, the longest segment, and all lengths.
+
+    All names but the last are those that transformers' models pass on to flash attention.
     """
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         ends = ends.pin_memory().to(device, non_blocking=True)
     longest = max(lengths)
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
+        "segment_lengths": SegmentLengths(lengths),
+    }  # fmt: skip
 
 
 def flat_attention(
@@ -72,22 +88,22 @@ def flat_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    segment_lengths: SegmentLengths | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (1, H, N, D), key and value (1, K, N, D) with H a multiple of K → ((1, N, H, D), None)."""
     assert query.shape[0] == 1, "a flat row has batch size 1"
     assert attention_mask is None, "a mask reached the flat attention"
-    length = query.shape[2]
-    if cu_seq_lens_q is None:  # one segment: a plain forward pass of one example
-        cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)
-        max_length_q = length
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and s_aux is None and dropout == 0.0 and _varlen_serves(query, value):
+        if cu_seq_lens_q is None:  # one segment: a plain forward pass of one example
+            max_length_q = query.shape[2]
+            cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
         assert max_length_q is not None
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window)
         return out[None], None
     options = {"scale": scale, "dropout": dropout, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
-    out = _by_segments(query, key, value, cu_seq_lens_q, **options)
+    out = _by_segments(query, key, value, cu_seq_lens_q, segment_lengths, **options)
     return out, None
 
 
@@ -96,7 +112,8 @@ def _by_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    ends: Tensor,
+    ends: Tensor | None,
+    known: SegmentLengths | None,
     *,
     scale: float,
     dropout: float,
@@ -107,13 +124,20 @@ def _by_segments(
     """(1, N, H, D). Not for torch.compile, which would compile anew for each number of segments."""
     attend = _attend_sdpa if softcap is None and sinks is None else _attend_plain
     # split, not slices: the gradient of a slice is a whole row of zeros for every segment
-    lengths: list[int] = ends.diff().tolist()
+    lengths = known.lengths if known is not None else _lengths_by(ends, query.shape[2])
     rows = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
     outs = [
         attend(q, k, v, scale=scale, dropout=dropout, window=window, softcap=softcap, sinks=sinks)
         for q, k, v in zip(*rows, strict=True)
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
+
+
+def _lengths_by(ends: Tensor | None, length: int) -> list[int]:
+    """For a plain forward pass of one example, and for models that hand down only what they have a name for. Waits for
+    the device."""
+    lengths: list[int] = [length] if ends is None else ends.diff().tolist()
+    return lengths
 
 
 def _attend_sdpa(

@@ -178,16 +178,14 @@ class Streamer:
 
 def open_model(path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, Any]]:
     """(model, tokenizer, arguments that training gave to the template)."""
-    import torch
-
+    from sft.devices import training_device
     from sft.model import load_trained
 
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise ModelError(f"{path}: there is no such file or folder. Name a run, an adapter, a model or a .gguf file.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_trained(
         str(Path(path).expanduser()) if path.startswith("~") else path,
-        device=device,
+        device=training_device(),
         trust_remote_code=trust_remote_code,
     )
     if not tokenizer.chat_template:

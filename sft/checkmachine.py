@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sft.adapterparts import refuse_unknown_modules
+from sft.adapterparts import parted_note, refuse_unknown_modules, tied_pair
 from sft.errors import DeviceError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
@@ -24,6 +24,7 @@ CHECKPOINT_FACTOR = 3  # a checkpoint holds the trained weights and two moments 
 def look_at_model(picture: Picture) -> None:
     """config.json, whether transformers knows such a model, where its weights are."""
     from sft.gguf import gguf_file
+    from sft.weightfiles import faults_of
 
     model = picture.config.model
     try:
@@ -46,12 +47,12 @@ def look_at_model(picture: Picture) -> None:
     folder = Path(model.name)
     if file is None:
         picture.problems += _unknown_kind(picture)
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            picture.problems.append(
-                f"model.name: there are no *.safetensors in {folder}. Weights are read from safetensors only; "
-                "save the model again with save_pretrained."
-            )
-    picture.parameters = picture.settings.get("_parameters") or _parameters_in(folder)
+        faults = list(faults_of(folder)) if folder.is_dir() else []
+        picture.problems += [f"model.name: {fault}" for fault in faults]
+        if not faults:
+            picture.parameters = _parameters_in(folder)
+    else:
+        picture.parameters = picture.settings.get("_parameters")
     if picture.parameters is None and picture.shape is not None:
         picture.parameters = picture.shape.parameters
     adapter = model.adapter
@@ -99,7 +100,7 @@ def look_at_modules(picture: Picture) -> None:
     """Whether the modules that an adapter names are there, in the model as its config builds it, without weights."""
     model = picture.config.model
     named: dict[str, str | list[str]] = {"targets": model.lora.targets, "modules_to_save": model.lora.modules_to_save}
-    if model.tuning == "full" or model.adapter or all(isinstance(names, str) or not names for names in named.values()):
+    if model.tuning == "full" or model.adapter or all(names in ("all-linear", []) for names in named.values()):
         return
     skeleton = None if model.trust_remote_code else _skeleton(picture.settings)
     if skeleton is None:
@@ -109,6 +110,9 @@ def look_at_modules(picture: Picture) -> None:
             refuse_unknown_modules(skeleton, key, names)
         except ModelError as error:
             picture.problems.append(str(error))
+    note = parted_note(tied_pair(skeleton), *named.values())
+    if note is not None:
+        picture.notes.append(note)
 
 
 def _skeleton(settings: Mapping[str, Any]) -> Any:
@@ -129,9 +133,11 @@ def _skeleton(settings: Mapping[str, Any]) -> Any:
 
 
 def _parameters_in(folder: Path) -> int | None:
+    """Numbers in the files that are loaded, not in whatever else lies there."""
     from sft.glance import safetensors_parameters
+    from sft.weightfiles import weight_files
 
-    return sum(map(safetensors_parameters, folder.glob("*.safetensors"))) or None if folder.is_dir() else None
+    return sum(map(safetensors_parameters, weight_files(str(folder)))) or None if folder.is_dir() else None
 
 
 def gguf_settings(file: Path) -> dict[str, Any]:
@@ -177,11 +183,12 @@ def look_at_memory(picture: Picture) -> None:
     import torch
 
     from sft import liger
+    from sft.devices import device_name, training_device
     from sft.model import resolve_precision
 
     config, shape = picture.config, picture.shape
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picture.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    device = training_device()
+    picture.device = device_name(device)
     picture.precision = resolve_precision(config.model.precision, device)
     picture.available = _free_memory(device.type)
     if liger.unavailable(device.type, is_sharded=False) is None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sft.devices import sums_device
+
 # A gloo group joins its threads where its last reference goes, and holds Python's lock meanwhile; a thread that still
 # frees the last collective's tensors waits for that lock, and neither goes on. DDP holds a reference, which goes with
 # the model. One more is kept until the interpreter ends, when the threads have long been idle.
@@ -28,7 +30,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     """Elementwise sums in float64, the same on every rank."""
     if not is_distributed():
         return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=sums_device(device))
     dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
 

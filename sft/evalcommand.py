@@ -44,9 +44,9 @@ def evaluate_path(loaded: LoadedConfig, model: str, as_json: bool = False) -> in
 def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
     """The scores and samples as plain values: model, conversations, loss, perplexity, token_accuracy,
     stop_probability, tokens (trained ones), dtype, samples."""
-    import torch
     from accelerate import PartialState
 
+    from sft.devices import training_device
     from sft.distributed import leave
     from sft.prepare import prepare_data
 
@@ -61,7 +61,7 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
             f"data.eval: {config.data.eval} holds out no rows of this data. Say data.eval=0.2, or a number."
         )
     # without a GPU, accelerate starts a process group only where it is told so
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=training_device().type == "cpu")
     trainee, flat_rows = load(loaded, model, bundle, state.device, say)
     micro_tokens = config.batch.micro_tokens
     if micro_tokens == "auto":

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from sft.data.order import deal
+from sft.devices import CPU, sums_64, zeros_64
 from sft.types import Batch
 
 Tensor = torch.Tensor
@@ -88,7 +89,7 @@ def add_up(scores: Iterable[Tensor], *, reduce: Callable[[Tensor], Tensor] | Non
     for sums_6 in scores:
         total_6 = sums_6 if total_6 is None else total_6 + sums_6
     if total_6 is None:
-        total_6 = torch.zeros(6, dtype=torch.float64)
+        total_6 = zeros_64(6, CPU)
     return EvalSums.of(reduce(total_6) if reduce is not None else total_6)
 
 
@@ -102,10 +103,11 @@ def score_hidden(
     *,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The six sums of `EvalSums` as a float64 tensor on the features' device; `chunk` rows of logits at a time."""
+    """The six sums of `EvalSums` as a float64 tensor, on the features' device where that has float64, else on the host;
+    `chunk` rows of logits at a time."""
     device = features_MD.device
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    sums_6 = torch.zeros(6, dtype=torch.float64, device=device)
+    sums_6 = zeros_64(6, device)
     for start in range(0, len(labels_M), chunk):
         labels_m, weights_m = labels_M[start : start + chunk], weights_M[start : start + chunk]
         sums_6 += _score_chunk(head(features_MD[start : start + chunk]).float(), labels_m, weights_m, stops)
@@ -119,15 +121,15 @@ def _score_chunk(logits_mV: Tensor, labels_m: Tensor, weights_m: Tensor, stops: 
     # The mass of all stop tokens: serving stops at any of them. Stop ids beyond the vocabulary have none.
     known = stops[stops < logits_mV.shape[1]]
     mass_m = (logits_mV[:, known].logsumexp(-1) - logits_mV.logsumexp(-1)).exp()
-    return torch.stack(
+    return sums_64(
         [
-            (losses_m * weights_m).sum(dtype=torch.float64),
-            weights_m.sum(dtype=torch.float64),
-            ((logits_mV.argmax(-1) == labels_m) & trained_m).sum(dtype=torch.float64),
-            trained_m.sum(dtype=torch.float64),
+            losses_m * weights_m,
+            weights_m,
+            (logits_mV.argmax(-1) == labels_m) & trained_m,
+            trained_m,
             # where, not a product: an infinite logit elsewhere must not spoil the sum
-            torch.where(ends_m, mass_m, 0.0).sum(dtype=torch.float64),
-            ends_m.sum(dtype=torch.float64),
+            torch.where(ends_m, mass_m, 0.0),
+            ends_m,
         ]
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,6 +162,7 @@ def merge_adapter(model: Any) -> Any:
         for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             dtype = next(wrapper.original_module.parameters()).dtype
             wrapper.modules_to_save.to(dtype)
+        _part_shared(model)
         for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
             weights = [p for p in layer.get_base_layer().parameters(recurse=False) if p.is_floating_point()]
             dtypes = [parameter.dtype for parameter in weights]
@@ -176,8 +178,23 @@ def merge_adapter(model: Any) -> Any:
     return plain
 
 
+def _part_shared(model: Any) -> None:
+    """Gives a layer under a LoRA its own copy of weights that another module reads, too: what is folded into a tied
+    head must not reach the embedding. Rows of new tokens are changed in both, and stay shared."""
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    readers = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        base = layer.get_base_layer()
+        for name, parameter in list(base.named_parameters(recurse=False)):
+            if readers[id(parameter)] > 1:
+                readers[id(parameter)] -= 1
+                setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+
 def _untie_where_parted(model: Any) -> None:
-    """A head trained apart from a tied embedding (`modules_to_save`) must not be tied again on loading."""
+    """A head trained apart from a tied embedding (as a LoRA target, or whole) must not be tied again on loading."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is embedding.weight:
         return

@@ -121,17 +121,8 @@ def _saved_dtype(session: Session) -> torch.dtype | None:
     """final/ of a full finetune has the base model's own dtype; an adapter keeps the one it was trained in."""
     if session.config.model.tuning != "full":
         return None
-    from transformers import AutoConfig
-
-    from sft.gguf import model_source
-
-    base = session.config.model
-    dtype = AutoConfig.from_pretrained(
-        model_source(base.name), revision=base.revision, trust_remote_code=base.trust_remote_code
-    ).dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, session.job.resolved["saved_dtype"])
+    return dtype
 
 
 def _serve(session: Session, final: Path, *, live: bool) -> dict[str, Any]:

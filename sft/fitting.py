@@ -11,6 +11,7 @@ import gc
 import math
 import re
 import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -237,7 +238,12 @@ def peak_gib(device: torch.device) -> float:
     """The most memory so far: of this process on its GPU, or, without one, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+    return most_resident_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sys.platform) / 2**30
+
+
+def most_resident_bytes(maxrss: int, platform: str) -> int:
+    """ru_maxrss in bytes: macOS counts it so (getrusage(2)), Linux in KiB."""
+    return maxrss if platform == "darwin" else maxrss * 1024
 
 
 def local_bytes(tensor: torch.Tensor) -> int:

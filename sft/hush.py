@@ -24,5 +24,10 @@ def hush_libraries() -> None:
     disable()
     # names that transformers deprecates and PEFT still uses: nothing that a user of this program could change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # PEFT holds an adapter's patterns against modules alone, and misses the parameters (experts) that they are for.
+    # Where a pattern truly leads nowhere, the adapter's weights do not fit its layers, and it is refused.
+    warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted")
+    # said by us, with what it means for an export (`adapterparts.parted_note`), where merging parts the weights
+    warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True` and a tied layer is part")
     # bitsandbytes says on import that an optional package of faster CPU kernels is missing
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)

@@ -16,6 +16,7 @@ from sft.errors import ModelError
 from sft.gguf import model_source
 from sft.hub import cure
 from sft.runfolder import RunFolder
+from sft.weightfiles import base_dtype
 
 Precision = Literal["bf16", "mixed", "fp32"]
 
@@ -75,6 +76,8 @@ def load_base(
         if device is not None:
             options["device_map"] = {"": device}
     try:
+        if dtype == "auto":
+            dtype = base_dtype(name, revision=revision, trust_remote_code=trust_remote_code) or "auto"
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_source(name),
             revision=revision,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sft import liger
 from sft.accelerator import is_sharded_launch
@@ -19,6 +18,7 @@ from sft.checkpoint import find_resumable
 from sft.choice import scores_of, stops_early
 from sft.config import Config
 from sft.data.order import conversations_per_epoch
+from sft.devices import training_device
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, DeviceError, ResumeError, SftError
@@ -120,8 +120,7 @@ def open_run(
     recorded = read_json(checkpoint / "state.json")
     state = RunState.from_dict(recorded)
     kernel = state.resolved.get(liger.KEY, "plain")
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    lost = liger.lost(state.resolved, device_type, is_sharded=is_sharded_launch())
+    lost = liger.lost(state.resolved, training_device().type, is_sharded=is_sharded_launch())
     consents = check_continuation(
         {**state.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
         step=state.step, allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,

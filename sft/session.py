@@ -5,7 +5,6 @@ The loop itself is in `sft.train`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
 from sft.config import Config
 from sft.data.collate import to_device
+from sft.devices import add_to, device_name, zeros_64
 from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, metrics, score_hidden
@@ -33,6 +33,7 @@ from sft.schedule import Plan, peak_learning_rate
 from sft.space import check_space
 from sft.trainee import loss_sum
 from sft.versions import versions
+from sft.weightfiles import base_dtype, write_dtype
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -83,7 +84,7 @@ class Session:
         """The weights as they are, on the held-out split, each row once across ranks. None where a rank is to stop."""
         job, split = self.job, self.data.eval
         assert split is not None
-        total_6 = torch.zeros(6, dtype=torch.float64, device=job.device)
+        total_6 = zeros_64(6, job.device)
         join = Join(job.flat_rows, job.pad_id)
         with compiling.scoring(job.trainee, job.resolved[compiling.KEY]):
             lengths = [int(n) for n in split.lengths_E]
@@ -93,7 +94,7 @@ class Session:
                 def score(features: torch.Tensor, head: Any, batch: Any = batch) -> torch.Tensor:
                     return score_hidden(features, head, batch.targets_M, batch.weights_M, self.bundle.stop_ids)
 
-                total_6 += loss_sum(job.trainee, job.trainee, batch, score)
+                add_to(total_6, loss_sum(job.trainee, job.trainee, batch, score))
                 if any(sum_over_ranks([float(asked_to_stop())], job.device)):
                     return None
         return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
@@ -179,7 +180,7 @@ class Session:
             weights = _each_once(weights, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if self.config.model.tuning == "full":
             trainee.causal.save_pretrained(folder, state_dict=weights)
-            _set_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
+            write_dtype(folder / "config.json", next(t.dtype for t in weights.values() if t.is_floating_point()))
         else:
             trainee.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
@@ -288,6 +289,8 @@ def open_session(
     }
     if opening.checkpoint is not None:
         load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
+    if config.model.tuning == "full":
+        job.resolved["saved_dtype"] = recorded.get("saved_dtype") or _saved_dtype(config, trainee)
     state = replace(state, total_steps=the_plan.total_steps)
     session = Session(
         config, folder, job, bundle, data, state, MetricsLog(folder.metrics),
@@ -354,8 +357,8 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device_name(device)
     import platform
 
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -371,11 +374,12 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """config.json must name the dtype of the saved weights, which need not be that of the live ones."""
-    values = json.loads(config_file.read_text())
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+def _saved_dtype(config: Config, trainee: torch.nn.Module) -> str:
+    """The dtype of a full finetune's final/: the base's own, else that of the live weights."""
+    base = config.model
+    found = base_dtype(base.name, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    found = found or next(p.dtype for p in trainee.parameters() if p.is_floating_point())
+    return str(found).removeprefix("torch.")
 
 
 def _each_once(

@@ -14,9 +14,10 @@ from torch import nn
 
 from sft import attention, liger, optim
 from sft.accelerator import is_sharded_launch
-from sft.adapterparts import refuse_untrained_tokens, token_modules
+from sft.adapterparts import parted_note, refuse_untrained_tokens, tied_pair, token_modules
 from sft.config import Config
 from sft.data.collate import flat, idle, padded, to_device
+from sft.devices import training_device
 from sft.distributed import gather
 from sft.errors import DeviceError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
@@ -87,7 +88,7 @@ class Job:
 def set_up_libraries(config: Config) -> None:
     """Quiet libraries, memory that stays on a CPU, and repeatable kernels where asked for."""
     hush_libraries()
-    if not torch.accelerator.is_available():
+    if training_device().type == "cpu":
         keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -127,7 +128,7 @@ def build_trainee(
     if tuning != "full":
         if tuning == "qlora":
             _prepare_quantized(model)
-        needed = token_modules(model, rows["trained_ids"])
+        needed, pair = token_modules(model, rows["trained_ids"]), tied_pair(model)
         model = add_adapter(
             model,
             config.model.lora,
@@ -138,9 +139,13 @@ def build_trainee(
             revision=config.model.revision,
         )
         follow_inputs(model)
+        settings = model.peft_config["default"]
+        note = parted_note(pair, settings.target_modules, settings.modules_to_save)
+        if note is not None and checkpoint is None:
+            say(f"note: {note}")
         if config.model.adapter and checkpoint is None:
             tokens = {index: bundle.tokenizer.convert_ids_to_tokens(index) for index in rows["trained_ids"]}
-            refuse_untrained_tokens(model.peft_config["default"], needed, tokens)
+            refuse_untrained_tokens(settings, needed, tokens)
     trainee = Trainee(
         model,
         compute_dtype=kinds.compute,

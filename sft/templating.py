@@ -55,7 +55,8 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, ring)
     started, limits = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should a finaliser swallow the first
-    token = rendering.set(tighter(limits))
+    tight = tighter(limits)
+    token = rendering.set(tight)
     try:
         try:
             yield
@@ -63,7 +64,8 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
             rendering.reset(token)
-            resource.setrlimit(resource.RLIMIT_AS, limits)
+            if tight is not None:  # else nothing was limited, and macOS may refuse its own limits
+                resource.setrlimit(resource.RLIMIT_AS, limits)
             if left:
                 signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
     except Rung:

@@ -21,6 +21,7 @@ from sft.batches import Join, StepData, StepFeed
 from sft.choice import best_step
 from sft.console import Console, speak
 from sft.data.collate import to_device
+from sft.devices import add_to, zeros_64
 from sft.distributed import leave, sum_over_ranks, wait_for_all
 from sft.durable import check_nameable
 from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, SftError, Stopped
@@ -218,7 +219,7 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
     config, job = session.config, session.job
     lr = _learning_rate(session, data.step)
     set_learning_rate(job.optimizer, lr)
-    total = torch.zeros((), dtype=torch.float64, device=job.device)
+    total_1 = zeros_64(1, job.device)
     losses: list[torch.Tensor] = []
     for micro, batch in enumerate(data.batches):
         is_last = micro == len(data.batches) - 1
@@ -229,11 +230,11 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
             # DDP and FSDP average gradients over ranks; times the number of ranks that is the sum.
             job.accelerator.backward(loss * (job.world / max(data.weight, 1e-12)))
         losses.append(loss.detach())
-        total += losses[-1]
+        add_to(total_1, losses[-1])
     max_norm = config.optim.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(list(job.names), max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    own = [float(total), float(norm), float(asked_to_stop())]  # the one place where a step waits for its device
+    own = [float(total_1), float(norm), float(asked_to_stop())]  # the one place where a step waits for its device
     finite = math.isfinite(own[0]) and math.isfinite(own[1])
     loss_all, bad_ranks, stop_ranks = sum_over_ranks([own[0] if finite else 0.0, float(not finite), own[2]], job.device)
     if bad_ranks:

@@ -343,3 +343,60 @@ def test_the_picture_on_paper(tmp_path: Path, model_folder: Path, data: Path) ->
 
 def test_large_numbers() -> None:
     assert [large(n) for n in (999, 27_168, 134_515_008, 8_030_261_248)] == ["999", "27.2 k", "134.5 M", "8.0 B"]
+
+
+def sharded(model_folder: Path, to: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    folder = edited(model_folder, to)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder
+
+
+def test_missing_and_cut_files_of_weights_are_problems(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    folder = sharded(model_folder, tmp_path / "shards")
+    config = config_for(tmp_path, folder, data)
+    whole = look(config)
+    assert whole.problems == []
+    assert whole.parameters == look(config_for(tmp_path, model_folder, data)).parameters
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(names) >= 2
+    kept = (folder / names[1]).read_bytes()
+    (folder / names[1]).unlink()
+    assert the_problem(config) == (
+        f"model.name: {folder} lacks {names[1]} (1 of the {len(names)} files that model.safetensors.index.json lists). "
+        "Fetch what is missing, or the model again."
+    )
+    (folder / names[1]).write_bytes(kept[:-1])
+    assert f"{names[1]} was cut: it has {len(kept) - 1:,} bytes, and {len(kept):,} by its header" in the_problem(config)
+    (folder / names[1]).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is no safetensors file, or was cut. Fetch it again." in the_problem(config)
+    (folder / names[1]).write_bytes(kept)
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert "has no weight_map" in the_problem(config)
+    index.unlink()
+    assert "but neither model.safetensors nor model.safetensors.index.json" in the_problem(config)
+
+
+def test_a_missing_shard_ends_check_with_2(tmp_path: Path, model_folder: Path, data: Path) -> None:
+    from jobs import run_cli
+
+    folder = sharded(model_folder, tmp_path / "shards")
+    missing = sorted(folder.glob("*.safetensors"))[-1]
+    missing.unlink()
+    config_for(tmp_path, folder, data)
+    result = run_cli("check", str(tmp_path / "my.yaml"))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert missing.name in "".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.parametrize("targets", ["[embed_tokens,q_proj]", "'.*(embed_tokens|q_proj)'", "[lm_head]"])
+def test_a_tied_pair_that_is_trained_apart_is_noted(
+    tmp_path: Path, model_folder: Path, data: Path, targets: str
+) -> None:
+    overrides = ("model.tuning=lora", f"model.lora.targets={targets}")
+    picture = look(config_for(tmp_path, model_folder, data, overrides=overrides))
+    assert picture.problems == []
+    assert any("embed_tokens and lm_head of this model share their weights" in note for note in picture.notes)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,25 @@ def test_compiled_layers_train_the_same(tmp_path: Path, model: Path, own_kernels
     scores = [[event["loss"] for event in events(run, "eval")] for run in (compiled, plain)]
     assert relative(*scores) < 1e-6
     assert RunFolder(compiled).config.read_text().count("compile: true") == 1
+
+
+@pytest.mark.parametrize("opaque", [True, False], ids=["as it is", "control: a tuple"])
+def test_the_number_of_segments_compiles_nothing_anew(opaque: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()  # what other tests compiled counts towards torch's limit
+    counters.clear()
+    trainee = trainee_of("llama")
+    for layer in compiling.decoder_layers(trainee):
+        layer.compile(dynamic=True, backend="eager")
+    compiled = []
+    for lengths in ([9, 4], [3, 4, 5], [6, 2, 2, 7], [2, 3, 4, 5, 6]):
+        batch = flat(probe(trainee, lengths))
+        options = attention.segments(batch.segment_lengths, torch.device("cpu"))
+        if not opaque:
+            options["segment_lengths"] = tuple(options["segment_lengths"].lengths)
+        inputs = (batch.input_ids, batch.positions, batch.target_index_M, batch.targets_M, batch.weights_M)
+        with suppress(AttributeError):  # the control's attention reads no tuple, after its graph was made
+            trainee(*inputs, options)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert (compiled[1] == compiled[-1]) == opaque

@@ -171,6 +171,30 @@ def test_a_tied_head_that_is_trained_apart_is_exported_apart(tmp_path: Path, mod
     assert torch.equal(head, original) == ("lm_head" not in modules)
 
 
+TIED_TARGETS: list[Any] = [
+    ["embed_tokens", "lm_head", "q_proj"],
+    ["embed_tokens"],
+    ["lm_head"],
+    r".*(embed_tokens|lm_head)",
+]
+
+
+@pytest.mark.parametrize(("targets", "dora"), [*((t, False) for t in TIED_TARGETS), (TIED_TARGETS[0], True)], ids=str)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_pair_that_is_changed_apart_is_merged_apart(tmp_path: Path, targets: Any, dora: bool) -> None:
+    base = base_model(tmp_path / "base", tie=True, dtype=torch.float32)
+    live = trained_adapter(base, tmp_path / "run", lora=Lora(rank=4, alpha=8, targets=targets, dora=dora))
+    before = logits(live)  # of the base rounded to 16 bits, in which `trained_adapter` loads it
+    export(str(tmp_path / "run"), out=tmp_path / "out", merge=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(logits(plain), before) < 0.05
+    assert relative(logits(plain), logits(load_adapter(tmp_path / "run" / "final").eval())) < 1e-5
+    embedding, head = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+    original = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding, original) == ("embed_tokens" not in targets)
+    assert torch.equal(head, original) == ("lm_head" not in targets)
+
+
 def test_merging_rounds_each_weight_once(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     trained_adapter(base, tmp_path / "run", lora=Lora(rank=4, alpha=8, targets=["q_proj"]))

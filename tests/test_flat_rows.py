@@ -200,3 +200,20 @@ def test_loss_equals_transformers_own() -> None:
     total, _ = run(model, [flat([example])])
     ids = torch.from_numpy(example.input_ids_T.astype(np.int64))[None]
     assert total / 19 == pytest.approx(float(model.causal(input_ids=ids, labels=ids).loss.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gemma2", {"sliding_window": 7}), ("gpt2", {})])
+def test_no_layer_asks_the_device_for_the_lengths(kind: str, changes: dict[str, Any]) -> None:
+    """Ends that cannot be read (a meta tensor has no numbers) change nothing, where no fused kernel takes them."""
+    model = trainee(kind, **changes).eval()  # GPT-2 drops at random
+    batch = flat(examples([5, 1, 23, 600]) if kind == "llama" else examples([5, 1, 23, 40]))
+    inputs = (batch.input_ids, batch.positions, batch.target_index_M, batch.targets_M, batch.weights_M)
+    options = attention.segments(batch.segment_lengths, CPU)
+    expected = model(*inputs, options)
+    unreadable = torch.empty_like(options["cu_seq_lens_q"], device="meta")
+    hidden = {**options, "cu_seq_lens_q": unreadable, "cu_seq_lens_k": unreadable}
+    assert torch.equal(model(*inputs, hidden), expected)
+    with pytest.raises((NotImplementedError, RuntimeError)):  # control: without the host's lengths they are read
+        model(*inputs, {key: value for key, value in hidden.items() if key != "segment_lengths"})
+    del options["segment_lengths"]
+    assert torch.equal(model(*inputs, options), expected), "a model that drops the name is read as before"

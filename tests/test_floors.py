@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets heap",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush versions data.jsontext data.control data.proof",
-    0.8: "longattention",
+    0.8: "longattention devices",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",
     1.2: "liger advice choice meeting configkeys unread hub",
@@ -30,6 +30,7 @@ FLOORS: dict[float, str] = {
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
+    2.2: "weightfiles",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
@@ -47,7 +48,7 @@ FLOORS: dict[float, str] = {
 
 # Answer at once, so they import without torch: floors 0 and 1 but for two files, the sweep and what it needs, and
 # the command line.
-HEAVY_BELOW_2 = {"loss", "liger", "attention", "longattention", "distributed", "meeting"}
+HEAVY_BELOW_2 = {"devices", "loss", "liger", "attention", "longattention", "distributed", "meeting"}
 LIGHT_ABOVE = {"sweepspace", "sweepfile", "trial", "sweeprun", "sweep", "__main__"}
 
 
