@@ -242,6 +242,33 @@ def test_sharegpt() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('<think>\nAdd.\n</think>\n\n{"name": "add", "arguments": {"a": 1}}',
+         {"content": "", "reasoning_content": "Add.", "tool_calls": [CALL]}),
+        ('<think>Add.</think>[{"name": "add", "arguments": {"a": 1}}]',
+         {"content": "", "reasoning_content": "Add.", "tool_calls": [CALL]}),
+        ('<think>\n\n</think>\n\n{"name": "add", "arguments": {"a": 1}}', {"content": "", "tool_calls": [CALL]}),
+        ('<think>A.</think>\nI add.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+         {"content": "I add.", "reasoning_content": "A.", "tool_calls": [CALL, CALL]}),
+        ('{"name": "add", "arguments": {"a": "<think>1</think>"}}',
+         {"content": "", "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": "<think>1</think>"}}}]}),
+    ],
+)  # fmt: skip
+def test_a_function_call_behind_thoughts(value: str, expected: dict[str, Any]) -> None:
+    """As LLaMA-Factory's sets for reasoning models have it. Before: malformed JSON."""
+    turns_ = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]
+    sample = conversation("sharegpt", conversations=turns_)
+    assert turns(sample)[1] == {"role": "assistant", **expected}
+
+
+def test_thoughts_without_their_tags_are_answered_with_the_form() -> None:
+    turns_ = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": 'Add. {"name": "add"}'}]
+    assert "thoughts before it in <think>…</think>" in refused("sharegpt", conversations=turns_)
+
+
+@pytest.mark.parametrize(
     ("conversations", "expected"),
     [
         ([{"from": "humn", "value": "x"}], 'conversations[0].from = "humn": unknown speaker'),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.advice import unread_template
+from sft.advice import kept_nulls, unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
@@ -78,7 +78,7 @@ def prepare(
                 _build(path, data, bundle, settings, workers, say)
     prepared = open_prepared(path, repeats)
     _say_result(prepared, say)
-    for line in unread_template(data, prepared.report):
+    for line in chain(unread_template(data, prepared.report), kept_nulls(prepared.report)):
         say(line)
     return prepared
 

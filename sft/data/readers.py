@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sft.data.arrowjson import row_decoder
 from sft.data.jsontext import JsonText, RowText, parse_object
 from sft.errors import DataError
 
@@ -326,6 +327,7 @@ def rows_of_batches(batches: Iterator[Any], name: str) -> Rows:
     """Rows of Arrow record batches, numbered from 1 (`name:row N`)."""
     number = 0
     for whole in batches:
+        decode = row_decoder(whole.schema)
         for start in range(0, whole.num_rows, ARROW_ROWS):
             batch = whole.slice(start, ARROW_ROWS)
             size = batch.nbytes // max(1, batch.num_rows)
@@ -334,8 +336,12 @@ def rows_of_batches(batches: Iterator[Any], name: str) -> Rows:
                 source = f"{name}:row {number}"
                 if isinstance(row, str):
                     yield BadRow(source, row)
-                else:
-                    yield Row(source, without_nulls(row, 0), size)
+                    continue
+                try:  # nulls within JSON are the user's: of those Arrow knows nothing
+                    plain = without_nulls(row, 0)
+                    yield Row(source, decode(plain) if decode else plain, size)
+                except ValueError as error:
+                    yield BadRow(source, f"{error}. Repair or remove the row")
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | str]:
