@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets heap",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush versions data.jsontext data.control data.proof",
-    0.8: "longattention data.arrowjson data.elements data.nulls",
+    0.8: "longattention data.arrowjson data.elements data.nulls data.folding",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",
     1.2: "liger advice choice meeting configkeys unread hub",

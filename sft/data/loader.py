@@ -174,7 +174,7 @@ def _build(
             trained = range(len(data.train))
             own_eval = range(len(data.train), len(sources))
             for origins in (trained, own_eval):
-                refuse_many_drops(ledger, paths, origins, data.max_dropped, all_rows)
+                refuse_many_drops(ledger, paths, origins, data.max_dropped, all_rows, data.over_long)
             _split(writer, ledger, data, paths, say)
             report = account(writer, ledger, paths, trained, "train", formats[1])
             scored = account(writer, ledger, paths, own_eval or trained, "eval", formats[1])
@@ -295,7 +295,8 @@ def _split(writer: StoreWriter, ledger: Ledger, data: Data, paths: Sequence[str]
             read, dropped = ledger.total(origins)
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
             listed = ", ".join(paths[o] for o in origins)
-            raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). Check data.max_tokens")
+            cure = "Raise data.max_tokens" if "over_long" in dropped else "Look at the rows: sft check"
+            raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). {cure}")
     writer.append(train=trained, eval=scored)
 
 
