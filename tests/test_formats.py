@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import math
 from typing import Any, get_args
 
@@ -85,11 +86,39 @@ def test_columns_lead_to_what_formats_read() -> None:
     assert asked > ROW_FIELDS
 
 
-def test_no_format_lists_the_keys_and_suggests_columns() -> None:
-    with pytest.raises(DataError, match=r"keys question, answer\..*columns: \{question: prompt, answer: completion\}"):
-        detect_format({"question": "q", "answer": "a"})
-    with pytest.raises(DataError, match=r"columns: \{context: input, response: output\}"):
-        detect_format({"instruction": "i", "context": "c", "response": "r"})
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ("question answer",
+         "{question: instruction, answer: output} (conversations, which the model's chat template renders), or for a "
+         "base model {question: prompt, answer: completion} (joined as they are, without a template)"),
+        ("prompt response", "{prompt: instruction, response: output} (conversations, which the model's chat template "
+         "renders), or for a base model {response: completion} (joined"),
+        ("context question answer id", "{context: input, question: instruction, answer: output}"),
+        ("instruction context response", "{context: input, response: output}"),
+        ("dialog", "{dialog: messages}"),
+        ("content", "{content: text}"),
+        ("x", "{theirs: ours}"),
+    ],
+)  # fmt: skip
+def test_no_format_lists_the_keys_and_suggests_columns(keys: str, hint: str) -> None:
+    """Pairs as a conversation first: followed on a chat model, prompt and completion are glued without a template."""
+    row = dict.fromkeys(keys.split(), "x")
+    with pytest.raises(DataError) as caught:
+        detect_format(row)
+    assert f"keys {keys.replace(' ', ', ')}. " in str(caught.value)
+    assert f"columns: {hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", ["question answer", "prompt response", "context question answer", "instruction target"])
+def test_suggested_columns_make_the_row_fit(keys: str) -> None:
+    row = dict.fromkeys(keys.split(), "x")
+    with pytest.raises(DataError) as caught:
+        detect_format(row)
+    for hint in re.findall(r"\{(\w[^{}]*)\}", str(caught.value).partition("perhaps")[2]):
+        columns = dict(pair.split(": ") for pair in hint.split(", "))
+        renamed = {columns.get(key, key): value for key, value in row.items()}
+        FORMATS[detect_format(renamed)](Row("a.jsonl:1", renamed))
 
 
 def test_messages() -> None:

@@ -151,6 +151,43 @@ def test_csv_with_quotes_line_breaks_and_other_delimiters(here: Path) -> None:
     assert found("c.tsv") == [("c.tsv:2", {"prompt": "a,1", "completion": "b"})]
 
 
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("question;answer, in short\na;b\nc;d, e\n", {"question": "a", "answer, in short": "b"}),
+        ("question;answer, in short\na;b\n", {"question": "a", "answer, in short": "b"}),
+        ('question\t"answer; or, none"\nso\tc\n', {"question": "so", "answer; or, none": "c"}),
+        ("q;a\n1,5;x\n2,5;y\n", {"q": "1,5", "a": "x"}),
+        ("q,a\n1;5,x\n2;5,y\n", {"q": "1;5", "a": "x"}),
+        ("q,a;b\n1,2;3\n", {"q": "1", "a;b": "2;3"}),
+        ("text\nHello; you\n", {"text": "Hello; you"}),
+        ('q;a\n"two\nlines; and, more";b\n', {"q": "two\nlines; and, more", "a": "b"}),
+    ],
+)
+def test_what_parts_cells_is_what_fits_the_rows(here: Path, text: str, row: dict[str, str]) -> None:
+    """Before: a comma in the header decided, and every row was bad."""
+    assert found(write("a.csv", text))[0] == ("a.csv:2", row)
+
+
+def test_a_long_csv_file_is_cut_at_any_row(here: Path) -> None:
+    write("a.csv", "q;a, b\n" + '"x\ny";z\n' * 200)
+    assert [data for _, data in found("a.csv")] == [{"q": "x\ny", "a, b": "z"}] * 200
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("a.txt", "Write each text as a row of a .jsonl file"), ("a.xlsx", "Save the sheet as CSV"),
+        ("a.jsonl.zst", "Unpack it first"), ("a.pkl", "Pickles can hold code and are not read"),
+    ],
+)  # fmt: skip
+def test_files_that_no_reader_knows_get_a_cure(here: Path, name: str, cure: str) -> None:
+    write(f"d/{name}", "x")
+    for path in (f"d/{name}", "d", f"d/{name[:1]}*"):
+        with pytest.raises(DataError, match=cure):
+            source_files(path)
+
+
 def test_csv_trouble_names_the_line(here: Path) -> None:
     write("a.csv", 'a,b\n1,2,3\n"x"y,2\n3,4\n"open,5\n')
     assert [source for source, data in found("a.csv") if isinstance(data, str)] == ["a.csv:2", "a.csv:3", "a.csv:5"]

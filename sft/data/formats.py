@@ -37,10 +37,11 @@ KEYS_OF_FORMATS = {
 }
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 """How a list of messages begins that a file holds as text, be it JSON or what Python prints."""
+_ASKED = ("question", "query", "prompt", "input", "problem")
+_ANSWERED = ("answer", "response", "output", "completion", "target", "solution", "chosen")
 _HINTS = {
-    "question": "prompt", "query": "prompt", "input": "prompt", "context": "input", "answer": "completion",
-    "response": "completion", "output": "completion", "target": "completion", "chosen": "completion", "content": "text",
-    "dialog": "messages", "dialogue": "messages", "chat": "messages", "traj": "messages", "turns": "messages",
+    "context": "input", "content": "text", "dialog": "messages", "dialogue": "messages", "chat": "messages",
+    "traj": "messages", "turns": "messages",
 }  # fmt: skip
 
 
@@ -64,15 +65,33 @@ def detect_format(data: Mapping[str, Any]) -> str:
 
 def _columns_hint(data: Mapping[str, Any]) -> str:
     """Which `columns` would make the row fit, where the keys give it away."""
-    hints = dict(_HINTS, response="output", answer="output") if "instruction" in data else _HINTS
+    asked = "instruction" if "instruction" in data else next((key for key in _ASKED if key in data), "")
+    answered = next((key for key in _ANSWERED if key in data), "")
+    if asked and answered:
+        context = {"context": "input"} if "context" in data and "input" not in data else {}
+        chat = {**context, **_renamed({asked: "instruction", answered: "output"})}
+        hint = f" Map its keys, perhaps with columns: {_shown(chat)}"
+        if asked == "instruction":
+            return hint
+        plain = _renamed({asked: "prompt", answered: "completion"})
+        return f"{hint} (conversations, which the model's chat template renders), or for a base model {_shown(plain)}" \
+            " (joined as they are, without a template)"
     mapping: dict[str, str] = {}
     for key in data:
-        ours = hints.get(key, "")
+        ours = _HINTS.get(key, "")
         if ours and ours not in data and ours not in mapping.values():
             mapping[key] = ours
-    if not mapping:
-        return " Map its keys with columns: {theirs: ours}"
-    return " Map its keys, perhaps with columns: {" + ", ".join(f"{a}: {b}" for a, b in mapping.items()) + "}"
+    return f" Map its keys, perhaps with columns: {_shown(mapping)}" if mapping else (
+        " Map its keys with columns: {theirs: ours}"
+    )
+
+
+def _renamed(columns: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for theirs, ours in columns.items() if theirs != ours}
+
+
+def _shown(columns: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{theirs}: {ours}" for theirs, ours in columns.items()) + "}"
 
 
 def _is_shared(turns: Any) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft.data.arrowjson import row_decoder
+from sft.data.delimiter import HEAD_LINES, delimiter_of
 from sft.data.jsontext import JsonText, RowText, parse_object
 from sft.errors import DataError
 
@@ -238,19 +239,18 @@ def _read_object(file: IO[bytes], name: str, columns: Mapping[str, str]) -> Rows
 
 
 def read_csv(path: Path, name: str, columns: Mapping[str, str] = {}) -> Rows:
-    """Rows under a header of column names; `,`, or `;` or a tab where the header has no comma. Cells are text."""
+    """Rows under a header of column names. Cells are text, between them `,`, `;` or a tab: what fits the first rows."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with _open(path) as binary:
         _first_character(binary, name)
         # Bytes that are not UTF-8 become lone surrogates, which the formats refuse with the row's line.
         file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         lines = _bounded_lines(file, name)
-        first = next(lines, "")
-        if not first:
+        head = list(itertools.islice(lines, HEAD_LINES))
+        if not head:
             return
-        marks = ("\t",) if kind_of(path) == ".tsv" else (",", "\t", ";")
-        delimiter = next((mark for mark in marks if mark in first), marks[0])
-        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+        delimiter = "\t" if kind_of(path) == ".tsv" else delimiter_of(head)
+        reader = csv.reader(itertools.chain(head, lines), delimiter=delimiter, strict=True)
         yield from _csv_rows(reader, name)
 
 

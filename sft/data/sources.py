@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.data.readers import READERS, BadRow, Row, Rows, kind_of, read_file, rows_of_batches
+from sft.datanames import cure_of_kind
 from sft.errors import DataError, did_you_mean
 from sft.hub import cure
 
@@ -105,18 +106,22 @@ def source_files(path: str, split: str = "train") -> list[Path]:
     expanded = Path(path).expanduser()
     if expanded.is_file():
         if not kind_of(expanded):
-            raise DataError(f"{path}: no reader for this kind of file. Known: {_kinds()}")
+            raise DataError(f"{path}: no reader for this kind of file{cure_of_kind(expanded)}. Known: {_kinds()}")
         return [expanded]
     if expanded.is_dir():
         found = _data_files(expanded)
         if not found:
-            raise DataError(f"{path}: no data files in this folder. Known kinds: {_kinds()}")
+            other = next((c for f in sorted(expanded.rglob("*")) if f.is_file() and (c := cure_of_kind(f))), "")
+            raise DataError(f"{path}: no data files in this folder{other}. Known kinds: {_kinds()}")
         return _of_split(found, expanded, split)
     if glob.has_magic(path):
         matched = sorted(Path(f) for f in glob.glob(str(expanded), recursive=True))
         found = [f for f in matched if f.is_file() and kind_of(f)]
         if not found:
-            raise DataError(f"{path}: matches {len(matched)} paths, none of them a data file. Known kinds: {_kinds()}")
+            other = next((c for f in matched if (c := cure_of_kind(f))), "")
+            raise DataError(
+                f"{path}: matches {len(matched)} paths, none of them a data file{other}. Known kinds: {_kinds()}"
+            )
         return found
     if _HUB_ID.fullmatch(path) and not kind_of(expanded):
         return []
