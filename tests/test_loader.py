@@ -32,6 +32,7 @@ from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import RowBatch, encode_stream
 from sft.data.readers import Row
 from sft.data.sources import read_rows
+from sft.data.store import Store
 from sft.errors import DataError, DeviceError
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage, Sample
@@ -271,6 +272,61 @@ def test_content_is_what_counts() -> None:
     passages = [Passage("Hi", "x", "a:1"), Passage("", "Hix", "a:1", "text")]
     different = [said("x"), said("y"), said("x", name="n"), *passages]
     assert len({content_hash(sample) for sample in different}) == len(different)
+
+
+def test_bookkeeping_train_and_weight_are_no_content() -> None:
+    """Before: such rows were no duplicates, and stood on both sides of the split."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+    def chat(number: int, train: bool | None = None, weight: float = 1.0, **said: Any) -> Conversation:
+        ids = {"id": f"m{number}", "timestamp": number, "uuid": str(number)} if number else {}
+        calls = {**call, "id": f"c{number}", "index": number} if number else call
+        return Conversation(
+            (
+                Message("user", "Hi", ids),
+                Message("assistant", "", {**said, "tool_calls": [calls], **ids}),
+                Message("tool", "2", {"name": "add", "tool_call_id": f"c{number}"}),
+                Message("assistant", "2", ids, train, weight),
+            ),
+            f"a:{number}",
+        )
+
+    same = [chat(0), chat(1), chat(2), chat(3, False), chat(4, True, 0.5), chat(5, None, 2.0)]
+    assert len({content_hash(sample) for sample in same}) == 1
+    different = [chat(0), chat(0, reasoning_content="Add."), chat(0, reasoning_content="Hm."), chat(0, thinking="Hm.")]
+    assert len({content_hash(sample) for sample in different}) == 4
+
+
+def test_the_hash_of_plain_rows_is_for_ever() -> None:
+    """Which rows are held out depends on it: change these literals, and runs can't be resumed any more."""
+    chat = (Message("user", "Hello"), Message("assistant", "Yes"))
+    assert content_hash(Conversation(chat, "a:1")) == 652821163107826809
+    assert content_hash(Passage("a", "b", "s")) == 12321618954657544411
+    assert content_hash(Passage("", "b", "s", "text")) == 3582885988791234574
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = ({"type": "function", "function": {"name": "add"}},)
+    called = (
+        Message("user", "Hello"),
+        Message("assistant", "", {"tool_calls": [call]}),
+        Message("tool", "2", {"name": "add"}),
+        Message("assistant", "2", {"reasoning_content": "R"}),
+    )
+    assert content_hash(Conversation(called, "a:1", tools)) == 12274078436478489825
+
+
+def test_copies_with_other_ids_stay_on_one_side_and_are_counted(here: Path, bundle: TokenizerBundle) -> None:
+    rows = rows_of(20)
+    copies = [
+        {"messages": [{**message, "id": f"{number}-{copy}"} for message in row["messages"]]}
+        for number, row in enumerate(rows)
+        for copy in range(3)
+    ]
+    write_rows("a.jsonl", copies)
+    prepared = run(bundle, "a.jsonl", eval=6)
+    assert prepared.eval is not None
+    arrays = Store(prepared.path).arrays
+    assert not set(arrays["hashes"][arrays["eval"]]) & set(arrays["hashes"][arrays["train"]])
+    assert (len(set(arrays["hashes"])), prepared.eval.num_conversations) == (20, 6)
 
 
 def test_evaluation_from_sources_of_its_own(here: Path, bundle: TokenizerBundle) -> None:
