@@ -114,7 +114,7 @@ def _files_left_out(config: Config) -> list[str]:
     from sft.data.sources import files_left_out
 
     sources = [*config.data.train, *(config.data.eval if isinstance(config.data.eval, list) else [])]
-    return [line for source in sources for line in files_left_out(source.path, source.split)]
+    return [line for source in sources for line in files_left_out(source.path, source.split, source.subset)]
 
 
 def _with_sources_that_exist(picture: Picture) -> Config | None:
@@ -125,7 +125,7 @@ def _with_sources_that_exist(picture: Picture) -> Config | None:
         found = []
         for number, source in enumerate(sources):
             try:
-                source_files(source.path, source.split)
+                source_files(source.path, source.split, source.subset)
             except SftError as error:
                 picture.problems.append(f"data.{name}.{number}.path: {error}")
             else:

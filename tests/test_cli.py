@@ -302,7 +302,11 @@ def test_the_hub_is_only_asked_where_a_name_needs_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("data.jsonl", '{"text": "a"}\n', "data, not a YAML file. Let a config be written for it: sft init data.jsonl "),
+        (
+            "data.jsonl",
+            '{"text": "a"}\n',
+            "data, not a YAML file. Let a config be written for it: sft init data.jsonl ",
+        ),
         ("data.json", '[{"text": "a"}]', "sft init data.json --model NAME --out my.yaml"),
         ("data.json", '{"messages": [], "id": 3}\n{"messages": []}\n', "sft init data.json --model NAME"),
         ("data.csv", "text\na: b\n", "sft init data.csv --model NAME"),
@@ -328,7 +332,10 @@ def test_data_in_the_place_of_a_config_is_told(
     assert said in error
 
 
-@pytest.mark.parametrize(("name", "text"), [("c.json", '{"model": {"name": "m"}}'), ("s.json", '{"base": "c.yaml"}'), ("c.txt", "# mine\nmodel: {}\n")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("c.json", '{"model": {"name": "m"}}'), ("s.json", '{"base": "c.yaml"}'), ("c.txt", "# mine\nmodel: {}\n")],
+)
 def test_a_config_of_another_name_is_still_one(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     assert told_as_data(tmp_path / name) == ""

@@ -22,7 +22,7 @@ FLOORS: dict[float, str] = {
     0.2: "datanames",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush versions data.jsontext data.control data.proof",
-    0.8: "longattention data.arrowjson data.elements data.nulls data.folding data.delimiter",
+    0.8: "longattention data.arrowjson data.elements data.nulls data.folding data.delimiter data.splits data.memo",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",
     1.2: "liger advice choice meeting configkeys unread hub",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import math
+import re
 from typing import Any, get_args
 
 import pytest
@@ -110,7 +110,9 @@ def test_no_format_lists_the_keys_and_suggests_columns(keys: str, hint: str) -> 
     assert f"columns: {hint}" in str(caught.value)
 
 
-@pytest.mark.parametrize("keys", ["question answer", "prompt response", "context question answer", "instruction target"])
+@pytest.mark.parametrize(
+    "keys", ["question answer", "prompt response", "context question answer", "instruction target"]
+)
 def test_suggested_columns_make_the_row_fit(keys: str) -> None:
     row = dict.fromkeys(keys.split(), "x")
     with pytest.raises(DataError) as caught:
@@ -281,8 +283,9 @@ def test_sharegpt() -> None:
         ('<think>A.</think>\nI add.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
          '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
          {"content": "I add.", "reasoning_content": "A.", "tool_calls": [CALL, CALL]}),
-        ('{"name": "add", "arguments": {"a": "<think>1</think>"}}',
-         {"content": "", "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": "<think>1</think>"}}}]}),
+        ('{"name": "f", "arguments": {"a": "<think>1</think>"}}',
+         {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments":
+                                                                          {"a": "<think>1</think>"}}}]}),
     ],
 )  # fmt: skip
 def test_a_function_call_behind_thoughts(value: str, expected: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def test_chat_rows_and_a_small_model(model_folder: Path) -> None:
 
 
 def test_a_model_without_template_is_given_one(tmp_path: Path) -> None:
-    from conftest import CHATML, make_tokenizer
+    from conftest import make_tokenizer
 
     base = make_tokenizer(tmp_path / "base", template=None)
     text, loaded = suggested(write_rows("a.jsonl", [CHAT] * 20), base)

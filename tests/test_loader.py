@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.config import Config
+from sft.data import sources as sources_module
 from sft.data import store as store_module
 from sft.data.encode import Encoder
 from sft.data.formats import FORMATS
@@ -78,7 +80,8 @@ def run(bundle: TokenizerBundle, train: Any, cache: str = "cache", workers: int 
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    """Of the files, but for digests.json, which holds the dates of others."""
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != "digests.json"}
 
 
 def assert_adds_up(report: dict[str, Any]) -> None:
@@ -172,6 +175,80 @@ def test_prepared_once(here: Path, bundle: TokenizerBundle) -> None:
     assert {file: file.stat().st_mtime_ns for file in again.path.iterdir()} == before
     tokens = f"{again.report['tokens']:,} tokens, {again.report['trained_tokens']:,} of them trained"
     assert said == [f"data: 20 rows: 19 train, 1 held out, 0 dropped; 19 examples, {tokens}"]
+
+
+def test_the_digest_of_a_side_is_that_of_every_token_and_weight(here: Path, bundle: TokenizerBundle) -> None:
+    """Runs compare it with what they began on: this computation, one example after the other, is for ever."""
+    write_rows("b.jsonl", rows_of(7))
+    prepared = run(bundle, [{"path": write_rows("a.jsonl", rows_of(20)), "repeat": 0.5}, "b.jsonl"], eval=4)
+    assert prepared.eval is not None
+    for split in (prepared.train, prepared.eval):
+        repeats = np.asarray(split.repeats_S, dtype=np.float32)
+        hasher = hashlib.sha256(repeats[split.origins_C].tobytes() + split.origins_C.tobytes())
+        for index in range(split.num_examples):
+            hasher.update(split.example(index).input_ids_T.tobytes())
+            hasher.update(split.example(index).weights_T.tobytes())
+        assert split.digest() == hasher.hexdigest()[:16]
+
+
+def test_a_digest_is_computed_once_and_anew_where_the_arrays_changed(here: Path, bundle: TokenizerBundle) -> None:
+    first = run(bundle, write_rows("a.jsonl", rows_of(20)))
+    right = first.train.digest()
+    file = first.path / "digests.json"
+    held = json.loads(file.read_text())
+    assert right in held["digests"].values()  # written when the data was prepared
+    held["digests"] = dict.fromkeys(held["digests"], "remembered")
+    file.write_text(json.dumps(held))
+    assert run(bundle, "a.jsonl").train.digest() == "remembered"
+    os.utime(first.path / "ids.bin", (5, 5))
+    assert run(bundle, "a.jsonl").train.digest() == right
+    more = run(bundle, [{"path": "a.jsonl", "repeat": 2.0}])
+    assert more.key == first.key
+    assert more.train.digest() != right
+    for damage in ("", "[]", "{"):
+        file.write_text(damage)
+        assert run(bundle, "a.jsonl").train.digest() == right
+
+
+def test_the_bytes_of_a_source_are_read_once(
+    here: Path, bundle: TokenizerBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: at each start, on every rank."""
+    read: list[Path] = []
+    blocks = sources_module._blocks
+    monkeypatch.setattr(sources_module, "_blocks", lambda file: (read.append(file), blocks(file))[1])
+    monkeypatch.setattr("sft.data.memo.SETTLED_SECONDS", -1e9)
+    first = run(bundle, write_rows("a.jsonl", rows_of(20)))
+    assert run(bundle, "a.jsonl").key == first.key
+    assert len(read) == 1
+
+    text = Path("a.jsonl").read_text()
+    state = Path("a.jsonl").stat()
+    time.sleep(0.02)  # the clock's step
+    Path("a.jsonl").write_text(text.replace("one", "two"))
+    os.utime("a.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert Path("a.jsonl").stat().st_size == state.st_size
+    assert run(bundle, "a.jsonl").key != first.key, "rewritten at the same size, with its old date"
+
+    remembered = next(file for file in Path("cache/.sources").iterdir())
+    for file in Path("cache/.sources").iterdir():
+        file.write_text("damaged")
+    assert run(bundle, "a.jsonl").key != first.key
+    assert len(read) == 3
+    assert remembered.read_text() == "damaged" or len(remembered.read_text()) == 64
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(here: Path, bundle: TokenizerBundle) -> None:
+    run(bundle, write_rows("a.jsonl", rows_of(20)))
+    assert not Path("cache/.sources").exists()
+
+
+def test_a_memo_that_cannot_be_written_costs_time_alone(here: Path, bundle: TokenizerBundle) -> None:
+    Path("cache").mkdir()
+    Path("cache/.sources").write_text("a file")
+    write_rows("a.jsonl", rows_of(20))
+    os.utime("a.jsonl", (5, 5))
+    assert run(bundle, "a.jsonl").report["rows"] == 20
 
 
 def test_the_key_changes_with_all_that_the_result_depends_on(here: Path, bundle: TokenizerBundle) -> None:

@@ -201,7 +201,8 @@ def test_foreign_nulls_of_to_json_are_left_out_and_noted() -> None:
 def test_a_null_that_the_row_s_own_schema_allows_stays() -> None:
     unit = {"type": ["string", "null"]}
     rows = [
-        {**row(0, [call("weather", {"city": "Paris", "unit": None})]), "tools": [tool("weather", city=TEXT, unit=unit)]},
+        {**row(0, [call("weather", {"city": "Paris", "unit": None})]),
+         "tools": [tool("weather", city=TEXT, unit=unit)]},
         {**row(1, [call("clock", {"zone": "UTC"})]), "tools": [tool("clock", zone=TEXT)]},
     ]  # fmt: skip
     Path("a.jsonl").write_text("")
@@ -212,7 +213,9 @@ def test_a_null_that_the_row_s_own_schema_allows_stays() -> None:
 
 def test_without_a_table_s_mark_only_what_a_schema_rules_out_goes() -> None:
     arguments = {"city": "Paris", "unit": None, "other": None, "free": None, "none": None}
-    tools = [tool("weather", city=TEXT, unit=TEXT, free={"description": "?"}, none={"type": "string", "nullable": True})]
+    tools = [
+        tool("weather", city=TEXT, unit=TEXT, free={"description": "?"}, none={"type": "string", "nullable": True})
+    ]
     (found,) = from_lines({**row(0, [call("weather", arguments)]), "tools": tools})
     assert messages(found)[1]["tool_calls"] == [call("weather", {"city": "Paris", "free": None, "none": None})]
     assert {note.reason: note.detail.partition(": ")[2] for note in found.notes} == {

@@ -1,8 +1,8 @@
 """What stands for an object, or for a list of objects, in files of other tools: JSON text, objects of lists, thoughts.
 
-    '{"role": "user", …}'                       an object as JSON text
-    {"role": ["user", …], "content": ["Hi", …]}  a list of objects as `datasets`' old Sequence stores it
-    '<think>\\nHm.\\n</think>\\n\\n{"name": …}'    a function call behind thoughts, as reasoning models' sets have it
+'{"role": "user", …}'                       an object as JSON text
+{"role": ["user", …], "content": ["Hi", …]}  a list of objects as `datasets`' old Sequence stores it
+'<think>\\nHm.\\n</think>\\n\\n{"name": …}'    a function call behind thoughts, as reasoning models' sets have it
 """
 
 from __future__ import annotations

@@ -74,15 +74,19 @@ def _columns_hint(data: Mapping[str, Any]) -> str:
         if asked == "instruction":
             return hint
         plain = _renamed({asked: "prompt", answered: "completion"})
-        return f"{hint} (conversations, which the model's chat template renders), or for a base model {_shown(plain)}" \
+        return (
+            f"{hint} (conversations, which the model's chat template renders), or for a base model {_shown(plain)}"
             " (joined as they are, without a template)"
+        )
     mapping: dict[str, str] = {}
     for key in data:
         ours = _HINTS.get(key, "")
         if ours and ours not in data and ours not in mapping.values():
             mapping[key] = ours
-    return f" Map its keys, perhaps with columns: {_shown(mapping)}" if mapping else (
-        " Map its keys with columns: {theirs: ours}"
+    return (
+        f" Map its keys, perhaps with columns: {_shown(mapping)}"
+        if mapping
+        else (" Map its keys with columns: {theirs: ours}")
     )
 
 
