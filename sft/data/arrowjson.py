@@ -7,6 +7,7 @@ rendered with them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sft.data.jsontext import parse
@@ -45,12 +46,20 @@ def _of_field(field: Any) -> Decoder | None:
     if pa.types.is_struct(kind):
         return _of_fields([kind.field(i) for i in range(kind.num_fields)])
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        inner = _of_field(kind.value_field)
-        return None if inner is None else lambda values: values and [inner(value) for value in values]
+        each = _of_field(kind.value_field)
+        return None if each is None else partial(_of_list, each)
     if pa.types.is_map(kind):
-        inner = _of_field(kind.item_field)
-        return None if inner is None else lambda pairs: pairs and {key: inner(value) for key, value in pairs.items()}
+        each = _of_field(kind.item_field)
+        return None if each is None else partial(_of_map, each)
     return None
+
+
+def _of_list(each: Decoder, values: Any) -> Any:
+    return None if values is None else [each(value) for value in values]
+
+
+def _of_map(each: Decoder, pairs: Any) -> Any:
+    return None if pairs is None else {key: each(value) for key, value in pairs.items()}
 
 
 def _read(text: Any) -> Any:

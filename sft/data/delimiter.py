@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 
 HEAD_LINES = 64
 """Of a CSV file, looked at."""
@@ -14,10 +15,8 @@ def delimiter_of(head: list[str]) -> str:
 
     def fitting(mark: str) -> float:
         rows = []
-        try:
+        with suppress(csv.Error):  # told later, with its line
             rows += [cells for cells in csv.reader(head, delimiter=mark) if cells]
-        except csv.Error:  # a quote that is never closed: told later, with its line
-            pass
         width = len(rows[0]) if rows else 0
         if width < 2:
             return -1.0

@@ -1,8 +1,8 @@
 """Digests of files, remembered by what the system says of them, so that a start doesn't read every byte again.
 
-A file is known by name, device, inode, size, and its times of modification and of change to the nanosecond. The time of
-change is the system's own: no program sets it back, so a rewrite of equal size with its old date is seen as well. A file
-that changed in the last seconds is not remembered, since another change within the clock's step would look the same.
+A file is known by name, device, inode, size, and its times of modification and of change to the nanosecond. The time
+of change is the system's own: no program sets it back, so a rewrite of equal size with its old date is seen as well. A
+file that changed in the last seconds is not remembered, since another change within the clock's step would look alike.
 """
 
 from __future__ import annotations

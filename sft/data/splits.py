@@ -98,7 +98,8 @@ def _of_split(files: Sequence[Path], labels: Mapping[Path, str], folder: Path, s
         names = sorted(more)
         raise DataError(
             f"{folder}: several splits begin with '{split}': {', '.join(names)}. Set split to one of them "
-            f"(split: {names[0]}), or name the files (path: '{folder}/**/{names[0]}*'); to read several, write a source each"
+            f"(split: {names[0]}), or name the files (path: '{folder}/**/{names[0]}*'); to read several, write a "
+            "source each"
         )
     return chosen
 
@@ -182,8 +183,8 @@ def _of_config(
     name = subset or next(iter([*default, *(n for n in present if n == "default" or len(present) == 1)]), "")
     if not name:
         raise DataError(
-            f"{folder}: its README names several subsets: {', '.join(present)}. Set subset to one of them (a source each to "
-            "read several)"
+            f"{folder}: its README names several subsets: {', '.join(present)}. Set subset to one of them (a "
+            "source each to read several)"
         )
     labels = dict(present[name])
     return list(labels), labels if all(labels.values()) else None
