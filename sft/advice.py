@@ -52,3 +52,14 @@ def unread_template(data: Data, report: Mapping[str, Any]) -> Iterator[str]:
     for key, value, default in (("template", data.template, "model"), ("template_args", data.template_args, {})):
         if value != default:
             yield f"data.{key}: all rows are text or pairs of strings, which no template renders"
+
+
+def kept_nulls(report: Mapping[str, Any]) -> Iterator[str]:
+    """Of tool calls with null arguments which no schema decides about. `report`: of the data."""
+    rows = sum(side["altered"].get("nulls_kept", 0) for side in (report, report.get("eval") or {"altered": {}}))
+    if rows:
+        yield (
+            f"in {rows:,} rows, tool calls hold null arguments, and no schema says whether null is meant: they are "
+            "trained as they are. A table writes such nulls for keys of other rows (Dataset.to_json): if this is one, "
+            "give the Parquet or Arrow file itself, or the tools with their schemas"
+        )

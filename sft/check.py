@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.advice import advice_on_steps, beyond_context, unread_arguments, unread_template
+from sft.advice import advice_on_steps, beyond_context, kept_nulls, unread_arguments, unread_template
 from sft.checkmachine import (
     look_at_disk,
     look_at_memory,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-SHOWN_BAD_ROWS = 20
 TINY_SHARE = 0.02  # of trained tokens, below which most of the work is spent on context
 FEW_HELD_OUT = 20
 
@@ -98,6 +97,7 @@ def look_at_data(picture: Picture, say: Say) -> None:
         picture.prepared = prepare(config, picture.bundle, cache_dir=cache_dir(), say=say)
     except SftError as error:
         picture.problems.append(str(error))
+        picture.bad_kinds = list(getattr(error, "bad_rows", ()))
         lenient = config.data.model_copy(update={"on_bad_row": "skip", "max_dropped": 1.0})
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -114,7 +114,7 @@ def _files_left_out(config: Config) -> list[str]:
     from sft.data.sources import files_left_out
 
     sources = [*config.data.train, *(config.data.eval if isinstance(config.data.eval, list) else [])]
-    return [line for source in sources for line in files_left_out(source.path, source.split)]
+    return [line for source in sources for line in files_left_out(source.path, source.split, source.subset)]
 
 
 def _with_sources_that_exist(picture: Picture) -> Config | None:
@@ -125,7 +125,7 @@ def _with_sources_that_exist(picture: Picture) -> Config | None:
         found = []
         for number, source in enumerate(sources):
             try:
-                source_files(source.path, source.split)
+                source_files(source.path, source.split, source.subset)
             except SftError as error:
                 picture.problems.append(f"data.{name}.{number}.path: {error}")
             else:
@@ -142,25 +142,30 @@ def _with_sources_that_exist(picture: Picture) -> Config | None:
 
 def _read_only(picture: Picture, sources: list[Source]) -> None:
     """Reads rows and brings them to their formats, where no tokenizer can encode them."""
+    from sft.data.folding import Folded
     from sft.data.pipeline import Dealer, to_sample
     from sft.types import Note
 
-    bad: list[str] = []
+    bad = Folded()
     dealer = Dealer(lambda line: None, {})
     for origin, source in enumerate(sources):
         try:
             for batch in dealer.read(source, origin):
                 picture.rows += len(batch.rows)
                 samples = (to_sample(row, batch) for row in batch.rows)
-                bad += [f"{note.source}: {note.detail}" for note in samples if isinstance(note, Note)]
+                for note in samples:
+                    if isinstance(note, Note):
+                        bad.add(note.source, note.detail)
         except SftError as error:
             picture.problems.append(f"data.train.{origin}: {error}")
-    picture.bad_rows = len(bad)
-    said = any(line in problem for line in bad[:1] for problem in picture.problems)
-    if bad and not said:
-        more = f"\n  … and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        lines = "\n  ".join(bad[:SHOWN_BAD_ROWS])
-        picture.problems.append(f"{len(bad):,} bad rows:\n  {lines}{more}\nRepair them, or set data.on_bad_row: skip.")
+    picture.bad_rows = bad.rows
+    if not bad.rows:
+        return
+    first = bad.as_list()[0]
+    if not any(first["detail"] in problem for problem in picture.problems):
+        picture.bad_kinds = bad.as_list()
+        lines = "\n  ".join(bad.lines())
+        picture.problems.append(f"{bad.rows:,} bad rows:\n  {lines}\nRepair them, or set data.on_bad_row: skip.")
 
 
 def _judge_data(picture: Picture, prepared: Prepared) -> None:
@@ -169,6 +174,7 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
     if long := beyond_context(picture.settings, longest, config.data.max_tokens):
         picture.problems.append(long)
     picture.warnings += unread_template(config.data, report)
+    picture.warnings += kept_nulls(report)
     share = report["trained_tokens"] / max(1, report["tokens"])
     if share < TINY_SHARE:
         picture.warnings.append(

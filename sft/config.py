@@ -135,9 +135,9 @@ class Source(Section):
     format: RowFormat = "auto"
     """auto finds out, and says which."""
     split: str = "train"
-    """Of a hub id."""
+    """Of a hub id, or of a folder whose file names or README tell splits."""
     subset: str | None = None
-    """Of a hub id (its configuration)."""
+    """Of a hub id (its configuration), or of a folder, as its README or its folders name it."""
     revision: str | None = None
     """Of a hub id: branch, tag or commit."""
     columns: dict[str, RowField] = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -33,6 +34,9 @@ class ConfigError(SftError):
 
 class DataError(SftError):
     """A row or file of the user's data."""
+
+    bad_rows: tuple[dict[str, Any], ...] = ()
+    """By kind, for scripts: {rows, where, first, detail}; empty where it is not about rows."""
 
 
 class TemplateError(SftError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sft.errors import ModelError, SftError, TemplateError
 from sft.gguf import gguf_file, tokenizer_source
+from sft.templating import ChatTemplate, TemplateTimeout
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class ModelGlance:
     """What could be seen; None where it could not, with the reasons in `problems`."""
 
     tokenizer: Any = None
+    chat: ChatTemplate | None = None
     has_template: bool | None = None
     context: int | None = None
     parameters: int | None = None
@@ -42,31 +44,32 @@ def base_and_adapter(name: str) -> tuple[str, str | None]:
 def glance_at_model(name: str) -> ModelGlance:
     """Looks at a folder, a GGUF file or a hub id. Never raises for what is merely out of reach."""
     problems: list[str] = []
-    tokenizer, has_template = _tokenizer(name, problems)
+    tokenizer, chat, has_template = _tokenizer(name, problems)
     try:
         context, parameters = _sizes(name)
     except Exception as error:  # the hub client's, the network's and the file's errors: said, not raised
         context = parameters = None
         problems.append(f"sizes: {_first_line(error)}")
-    return ModelGlance(tokenizer, has_template, context, parameters, tuple(problems))
+    return ModelGlance(tokenizer, chat, has_template, context, parameters, tuple(problems))
 
 
-def _tokenizer(name: str, problems: list[str]) -> tuple[Any, bool | None]:
-    """The tokenizer, and whether it brings a template; `chatml` stands in where it does not."""
+def _tokenizer(name: str, problems: list[str]) -> tuple[Any, ChatTemplate | None, bool | None]:
+    """The tokenizer, its template, and whether it brings one that works; `chatml` stands in where it does not."""
     from sft.tokenizer import load_tokenizer
 
     try:
         source = tokenizer_source(name)
         try:
             bundle = load_tokenizer(source)
-        except TemplateError:  # its own does not work
+        except (TemplateError, TemplateTimeout):  # its own does not work, or does not end
             bundle = None
         if bundle is not None and bundle.chat is not None:
-            return bundle.tokenizer, True
-        return load_tokenizer(source, template="chatml").tokenizer, False
+            return bundle.tokenizer, bundle.chat, True
+        bundle = load_tokenizer(source, template="chatml")
+        return bundle.tokenizer, bundle.chat, False
     except (SftError, OSError, ValueError) as error:
         problems.append(_first_line(error))
-        return None, None
+        return None, None, None
 
 
 def _sizes(name: str) -> tuple[int | None, int | None]:

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from sft.errors import DataError
 from sft.glance import ModelGlance, base_and_adapter, glance_at_model
 from sft.schedule import plan
 from sft.secrets import mask_secrets
+from sft.templating import RENDER_SECONDS, TemplateTimeout, texts_or_none
 from sft.types import Conversation, Passage, Sample
 from sft.yamltree import flow
 
@@ -74,7 +75,8 @@ def suggest_config(data: str, model: str, name: str = "my.yaml") -> Suggestion:
     base, adapter = base_and_adapter(model)
     about = glance_at_model(base)
     seen = glance_at_data(data, chat=about.has_template is not None)
-    lengths = token_lengths(seen.samples, about)
+    lengths, trouble = token_lengths(seen.samples, about)
+    about = replace(about, problems=(*about.problems, trouble)) if trouble else about
     lines = _lines(data, model, name, seen, about, lengths, _model_section(base, adapter, about))
     return Suggestion("\n".join(lines) + "\n", tuple(_troubles(seen, about)))
 
@@ -154,32 +156,31 @@ def _candidates(data: Mapping[str, Any], pair: tuple[str, str]) -> Iterator[dict
             yield {names[theirs]: "text"}
 
 
-def token_lengths(samples: list[Sample], model: ModelGlance) -> list[int]:
-    """Sorted lengths in tokens of up to `MEASURED` samples; a quarter of the characters where there is no tokenizer."""
+def token_lengths(samples: list[Sample], model: ModelGlance) -> tuple[list[int], str]:
+    """Sorted lengths in tokens of up to `MEASURED` samples, and what kept the template from rendering them in time.
+
+    Where it refuses one, the bare words count (`sft check` tells why); without a tokenizer, a quarter of characters.
+    """
     step = max(1, len(samples) // MEASURED)
-    return sorted(_length(sample, model.tokenizer) for sample in samples[::step][:MEASURED])
+    chosen, trouble = samples[::step][:MEASURED], ""
+    texts = [_bare(sample) for sample in chosen]
+    if model.chat is not None:
+        places = [place for place, sample in enumerate(chosen) if isinstance(sample, Conversation)]
+        asked = [([m.as_dict() for m in chosen[p].messages], chosen[p].tools) for p in places]  # type: ignore[union-attr]
+        try:
+            for place, text in zip(places, texts_or_none(model.chat, asked, RENDER_SECONDS), strict=True):
+                texts[place] = text or texts[place]
+        except TemplateTimeout as error:
+            trouble = str(error)
+    if model.tokenizer is None:
+        return sorted(len(text) // 4 for text in texts), trouble
+    return sorted(len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), trouble
 
 
-def _length(sample: Sample, tokenizer: Any) -> int:
+def _bare(sample: Sample) -> str:
     if isinstance(sample, Passage):
-        text = sample.prompt + sample.completion
-    else:
-        text = "\n".join(f"{message.role}\n{message.content}" for message in sample.messages)
-        if tokenizer is not None and tokenizer.chat_template:
-            text = _rendered(sample, tokenizer) or text
-    return len(text) // 4 if tokenizer is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _rendered(sample: Conversation, tokenizer: Any) -> str | None:
-    """None where the template refuses the conversation: its raw length will do, and `sft check` tells why."""
-    from jinja2 import TemplateError
-
-    messages = [message.as_dict() for message in sample.messages]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tools=list(sample.tools) or None, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError):
-        return None
-    return text
+        return sample.prompt + sample.completion
+    return "\n".join(f"{message.role}\n{message.content}" for message in sample.messages)
 
 
 # Suggestions --------------------------------------------------------------------------------------------------------

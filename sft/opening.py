@@ -10,7 +10,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 import numpy as np
+=======
+import torch
+>>>>>>> w3-formats
 
 from sft import liger
 from sft.accelerator import is_sharded_launch
@@ -34,7 +38,6 @@ WEIGHT_SAMPLES, WEIGHT_SAMPLE_BYTES = 256, 4096  # of each file of weights
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
     from sft.data.loader import Prepared
-    from sft.data.store import Split
     from sft.tokenizer import TokenizerBundle
 
 
@@ -253,8 +256,8 @@ def make_plan(config: Config, data: Prepared) -> Plan:
 def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:
     return fingerprint(
         config,
-        data_digest=data_digest(data.train),
-        eval_digest=data_digest(data.eval) if data.eval is not None else None,
+        data_digest=data.train.digest(),
+        eval_digest=data.eval.digest() if data.eval is not None else None,
         tokenizer_digest=bundle.digest,
         base_digest=base_digest(config),
         total_steps=total_steps,
@@ -283,15 +286,4 @@ def base_digest(config: Config) -> str | None:
             for sample in range(WEIGHT_SAMPLES):
                 stream.seek(size * sample // WEIGHT_SAMPLES)
                 hasher.update(stream.read(WEIGHT_SAMPLE_BYTES))
-    return hasher.hexdigest()[:16]
-
-
-def data_digest(split: Split) -> str:
-    """Of every token and weight of a split, in the order of the data."""
-    repeats_S = np.asarray(split.repeats_S, dtype=np.float32)
-    hasher = hashlib.sha256(repeats_S[split.origins_C].tobytes() + split.origins_C.tobytes())
-    for index in range(split.num_examples):
-        example = split.example(index)
-        hasher.update(np.ascontiguousarray(example.input_ids_T))
-        hasher.update(np.ascontiguousarray(example.weights_T))
     return hasher.hexdigest()[:16]

@@ -33,6 +33,7 @@ class Picture:
     prepared: Prepared | None = None
     rows: int = 0  # read, where nothing could be prepared
     bad_rows: int = 0  # of these, the unreadable: a template may refuse others
+    bad_kinds: list[dict[str, Any]] = field(default_factory=list)  # bad rows by kind: {rows, where, first, detail}
     plan: Plan | None = None
     device: str = ""
     precision: str = ""
@@ -76,6 +77,7 @@ def as_object(picture: Picture) -> dict[str, Any]:
         "problems": picture.problems,
         "warnings": picture.warnings,
         "notes": picture.notes,
+        "bad_rows": picture.bad_kinds,
         **{key: report[key] for key in ("held_out", "cut", "altered", "length_histogram", "eval")},
         "by_source": [{**source, "kept": source["kept"] + source["held_out"]} for source in report["by_source"]],
         "proven_examples": report["examples"],

@@ -54,7 +54,7 @@ def _content(loaded: LoadedSweep) -> dict[str, str]:
     data = loaded.base.config.data
     for name, sources in (("train", data.train), ("eval", data.eval if isinstance(data.eval, list) else [])):
         for index, source in enumerate(sources):
-            if source_files(source.path, source.split):
+            if source_files(source.path, source.split, source.subset):
                 digest = source_fingerprint(place_of(source))
                 found[f"rows of data.{name}.{index}"] = f"{source.path}, sha256 {digest[:16]}"
     return found

@@ -192,6 +192,24 @@ class ChatTemplate:
         return texts, rendered[1]
 
 
+def texts_or_none(
+    chat: ChatTemplate, conversations: Sequence[tuple[Messages, Sequence[Mapping[str, Any]]]], seconds: float
+) -> list[str | None]:
+    """The text of each (messages, tools) of a strange template; None of those that it refuses, whatever it raises.
+
+    Raises TemplateTimeout where all of them together take longer than `seconds`.
+    """
+
+    def text(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> str | None:
+        try:
+            return chat.render([messages], tools, generation_prompt=False)[0]
+        except TemplateError:
+            return None
+
+    with deadline(seconds, "the chat template"):
+        return [text(messages, tools) for messages, tools in conversations]
+
+
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose text is a list with one part."""
     content = message.get("content")

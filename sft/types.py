@@ -40,12 +40,13 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A row that a chat template renders. `source` is `file:line`. The first `context` messages are a prompt: only the
-    policy `all` trains them, unless a message asks for it itself."""
+    policy `all` trains them, unless a message asks for it itself. `notes`: what reading changed or could not decide."""
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Mapping[str, Any], ...] = ()
     context: int = 0
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
             place = Path(source.path)
             keys: tuple[str, ...]
             if place.is_dir():
-                keys, what = ("subset", "revision"), "a folder"
+                keys, what = ("revision",), "a folder"
             elif place.is_file() or any(mark in source.path for mark in "*?["):
                 keys, what = ("split", "subset", "revision"), "a file"
             else:

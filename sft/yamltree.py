@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft.datanames import told_as_data
 from sft.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -35,7 +36,9 @@ def dotted(path: KeyPath) -> str:
 
 
 def read_yaml(path: Path) -> Tree:
-    """The one document in a file. Raises ConfigError that names file and line."""
+    """The one document in a file. Raises ConfigError that names file and line, also where the file is one of data."""
+    if data := told_as_data(path):
+        raise ConfigError(data)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

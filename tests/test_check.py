@@ -129,6 +129,19 @@ def test_counts_are_there_although_rows_are_bad(tmp_path: Path, model_folder: Pa
     assert len(found["problems"]) == 1
 
 
+def test_bad_rows_are_told_by_kind(tmp_path: Path, model_folder: Path) -> None:
+    """Before: twenty lines of "the same", and nothing of it in --json."""
+    rows = [{"question": "a", "answer": "b"}] * 25 + ["{"]
+    bad = write(tmp_path / "bad.jsonl", *(row(number) for number in range(20)), *rows)
+    for model in (model_folder, tmp_path / "nowhere"):
+        found = as_object(look(config_for(tmp_path, model, bad)))
+        problem = found["problems"][-1]
+        assert f"\n  {bad}:21-45 (25 rows): messages: a list of " in problem
+        assert problem.count(str(bad)) == 2
+        assert [(kind["rows"], kind["where"]) for kind in found["bad_rows"]] == [(25, f"{bad}:21-45"), (1, f"{bad}:46")]
+    assert as_object(look(config_for(tmp_path, model_folder, write(bad, row()))))["bad_rows"] == []
+
+
 def test_rows_are_read_although_the_model_is_missing(tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.jsonl", row(), "{")
     picture = look(config_for(tmp_path, tmp_path / "nowhere", bad))

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import sft.__main__ as cli
+from sft.data.readers import READERS
+from sft.datanames import DATA_KINDS, OTHER_KINDS, told_as_data
 from sft.errors import ConfigError, DataError, SftError, Stopped
 
 COMMANDS = ("init", "check", "preview", "prepare", "train", "sweep", "eval", "chat", "export", "report", "schema")
@@ -294,3 +296,51 @@ def test_the_hub_is_only_asked_where_a_name_needs_it(tmp_path: Path) -> None:
     (tmp_path / "run/final").mkdir(parents=True)
     (tmp_path / "run/final/adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
     assert names_behind("run") == ["run", "org/model"]
+
+
+@pytest.mark.parametrize("command", ["train", "check", "preview", "prepare", "eval", "sweep"])
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "data.jsonl",
+            '{"text": "a"}\n',
+            "data, not a YAML file. Let a config be written for it: sft init data.jsonl ",
+        ),
+        ("data.json", '[{"text": "a"}]', "sft init data.json --model NAME --out my.yaml"),
+        ("data.json", '{"messages": [], "id": 3}\n{"messages": []}\n', "sft init data.json --model NAME"),
+        ("data.csv", "text\na: b\n", "sft init data.csv --model NAME"),
+        ("data.parquet", "PAR1", "sft init data.parquet --model NAME"),
+        ("data.jsonl.gz", "", "sft init data.jsonl.gz --model NAME"),
+        ("data.txt", "Once upon a time: a tale.\n", "Write each text as a row of a .jsonl file"),
+        ("folder/data.jsonl", '{"text": "a"}\n', "sft init folder --model NAME"),
+    ],
+)
+def test_data_in_the_place_of_a_config_is_told(
+    command: str, name: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path(name).write_text(text)
+    monkeypatch.setattr("sys.argv", ["sft", command, Path(name).parts[0]])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {Path(name).parts[0]} is ")
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("c.json", '{"model": {"name": "m"}}'), ("s.json", '{"base": "c.yaml"}'), ("c.txt", "# mine\nmodel: {}\n")],
+)
+def test_a_config_of_another_name_is_still_one(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert told_as_data(tmp_path / name) == ""
+
+
+def test_kinds_of_data_are_those_that_are_read() -> None:
+    assert set(DATA_KINDS) == set(READERS)
+    assert not set(OTHER_KINDS) & set(READERS)

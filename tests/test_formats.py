@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, get_args
 
 import pytest
@@ -85,11 +86,41 @@ def test_columns_lead_to_what_formats_read() -> None:
     assert asked > ROW_FIELDS
 
 
-def test_no_format_lists_the_keys_and_suggests_columns() -> None:
-    with pytest.raises(DataError, match=r"keys question, answer\..*columns: \{question: prompt, answer: completion\}"):
-        detect_format({"question": "q", "answer": "a"})
-    with pytest.raises(DataError, match=r"columns: \{context: input, response: output\}"):
-        detect_format({"instruction": "i", "context": "c", "response": "r"})
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ("question answer",
+         "{question: instruction, answer: output} (conversations, which the model's chat template renders), or for a "
+         "base model {question: prompt, answer: completion} (joined as they are, without a template)"),
+        ("prompt response", "{prompt: instruction, response: output} (conversations, which the model's chat template "
+         "renders), or for a base model {response: completion} (joined"),
+        ("context question answer id", "{context: input, question: instruction, answer: output}"),
+        ("instruction context response", "{context: input, response: output}"),
+        ("dialog", "{dialog: messages}"),
+        ("content", "{content: text}"),
+        ("x", "{theirs: ours}"),
+    ],
+)  # fmt: skip
+def test_no_format_lists_the_keys_and_suggests_columns(keys: str, hint: str) -> None:
+    """Pairs as a conversation first: followed on a chat model, prompt and completion are glued without a template."""
+    row = dict.fromkeys(keys.split(), "x")
+    with pytest.raises(DataError) as caught:
+        detect_format(row)
+    assert f"keys {keys.replace(' ', ', ')}. " in str(caught.value)
+    assert f"columns: {hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys", ["question answer", "prompt response", "context question answer", "instruction target"]
+)
+def test_suggested_columns_make_the_row_fit(keys: str) -> None:
+    row = dict.fromkeys(keys.split(), "x")
+    with pytest.raises(DataError) as caught:
+        detect_format(row)
+    for hint in re.findall(r"\{(\w[^{}]*)\}", str(caught.value).partition("perhaps")[2]):
+        columns = dict(pair.split(": ") for pair in hint.split(", "))
+        renamed = {columns.get(key, key): value for key, value in row.items()}
+        FORMATS[detect_format(renamed)](Row("a.jsonl:1", renamed))
 
 
 def test_messages() -> None:
@@ -239,6 +270,34 @@ def test_sharegpt() -> None:
     ]
     assert sample.tools == (TOOL,)
     assert sample.messages[-1].weight == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('<think>\nAdd.\n</think>\n\n{"name": "add", "arguments": {"a": 1}}',
+         {"content": "", "reasoning_content": "Add.", "tool_calls": [CALL]}),
+        ('<think>Add.</think>[{"name": "add", "arguments": {"a": 1}}]',
+         {"content": "", "reasoning_content": "Add.", "tool_calls": [CALL]}),
+        ('<think>\n\n</think>\n\n{"name": "add", "arguments": {"a": 1}}', {"content": "", "tool_calls": [CALL]}),
+        ('<think>A.</think>\nI add.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+         {"content": "I add.", "reasoning_content": "A.", "tool_calls": [CALL, CALL]}),
+        ('{"name": "f", "arguments": {"a": "<think>1</think>"}}',
+         {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments":
+                                                                          {"a": "<think>1</think>"}}}]}),
+    ],
+)  # fmt: skip
+def test_a_function_call_behind_thoughts(value: str, expected: dict[str, Any]) -> None:
+    """As LLaMA-Factory's sets for reasoning models have it. Before: malformed JSON."""
+    turns_ = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]
+    sample = conversation("sharegpt", conversations=turns_)
+    assert turns(sample)[1] == {"role": "assistant", **expected}
+
+
+def test_thoughts_without_their_tags_are_answered_with_the_form() -> None:
+    turns_ = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": 'Add. {"name": "add"}'}]
+    assert "thoughts before it in <think>…</think>" in refused("sharegpt", conversations=turns_)
 
 
 @pytest.mark.parametrize(

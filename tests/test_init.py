@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
+from conftest import CHATML, make_tokenizer
 
 from sft.configfile import LoadedConfig, load_config
 from sft.errors import DataError, ModelError
@@ -259,3 +260,38 @@ def test_what_it_prints_can_be_prepared_and_checked(
     check = pytest.importorskip("sft.check")
     assert check.check(loaded, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("{{ 1 // 0 }}", ""),
+        ("{{ 'a' * 100000000000 }}", ""),
+        ("{{ messages[99].content.x }}", ""),
+        (ENDLESS, "the chat template ran longer than 1 s and was stopped"),
+    ],
+)
+def test_a_template_that_fails_or_loops_on_a_row_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str
+) -> None:
+    """Before: four kinds of errors were caught, and nothing was bounded."""
+    monkeypatch.setattr("sft.init.RENDER_SECONDS", 1.0)
+    guarded = "{% if 'helicopters' in messages[-2].content|string %}" + does + "{% endif %}"
+    folder = make_tokenizer(tmp_path / "odd", template=CHATML + guarded)
+    odd = {"messages": [{"role": "user", "content": "How many helicopters ?"}, {"role": "assistant", "content": "6"}]}
+    data = write_rows("a.jsonl", [odd] * 30)
+    began = time.monotonic()
+    text, _ = suggested(data, folder)
+    assert time.monotonic() - began < 20
+    assert ("Could not be seen from here: the chat template" in text) is bool(said)
+    assert said in text
+    assert "brings its chat template" in text
+
+
+def test_a_template_that_always_fails_is_as_none(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path / "odd", template=CHATML + "{{ 1 // 0 }}")
+    text, _ = suggested(write_rows("a.jsonl", [CHAT] * 30), folder)
+    assert "brings no chat template" in text

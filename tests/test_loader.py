@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.config import Config
+from sft.data import sources as sources_module
 from sft.data import store as store_module
 from sft.data.encode import Encoder
 from sft.data.formats import FORMATS
@@ -32,6 +34,7 @@ from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import RowBatch, encode_stream
 from sft.data.readers import Row
 from sft.data.sources import read_rows
+from sft.data.store import Store
 from sft.errors import DataError, DeviceError
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage, Sample
@@ -77,7 +80,8 @@ def run(bundle: TokenizerBundle, train: Any, cache: str = "cache", workers: int 
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    """Of the files, but for digests.json, which holds the dates of others."""
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != "digests.json"}
 
 
 def assert_adds_up(report: dict[str, Any]) -> None:
@@ -171,6 +175,80 @@ def test_prepared_once(here: Path, bundle: TokenizerBundle) -> None:
     assert {file: file.stat().st_mtime_ns for file in again.path.iterdir()} == before
     tokens = f"{again.report['tokens']:,} tokens, {again.report['trained_tokens']:,} of them trained"
     assert said == [f"data: 20 rows: 19 train, 1 held out, 0 dropped; 19 examples, {tokens}"]
+
+
+def test_the_digest_of_a_side_is_that_of_every_token_and_weight(here: Path, bundle: TokenizerBundle) -> None:
+    """Runs compare it with what they began on: this computation, one example after the other, is for ever."""
+    write_rows("b.jsonl", rows_of(7))
+    prepared = run(bundle, [{"path": write_rows("a.jsonl", rows_of(20)), "repeat": 0.5}, "b.jsonl"], eval=4)
+    assert prepared.eval is not None
+    for split in (prepared.train, prepared.eval):
+        repeats = np.asarray(split.repeats_S, dtype=np.float32)
+        hasher = hashlib.sha256(repeats[split.origins_C].tobytes() + split.origins_C.tobytes())
+        for index in range(split.num_examples):
+            hasher.update(split.example(index).input_ids_T.tobytes())
+            hasher.update(split.example(index).weights_T.tobytes())
+        assert split.digest() == hasher.hexdigest()[:16]
+
+
+def test_a_digest_is_computed_once_and_anew_where_the_arrays_changed(here: Path, bundle: TokenizerBundle) -> None:
+    first = run(bundle, write_rows("a.jsonl", rows_of(20)))
+    right = first.train.digest()
+    file = first.path / "digests.json"
+    held = json.loads(file.read_text())
+    assert right in held["digests"].values()  # written when the data was prepared
+    held["digests"] = dict.fromkeys(held["digests"], "remembered")
+    file.write_text(json.dumps(held))
+    assert run(bundle, "a.jsonl").train.digest() == "remembered"
+    os.utime(first.path / "ids.bin", (5, 5))
+    assert run(bundle, "a.jsonl").train.digest() == right
+    more = run(bundle, [{"path": "a.jsonl", "repeat": 2.0}])
+    assert more.key == first.key
+    assert more.train.digest() != right
+    for damage in ("", "[]", "{"):
+        file.write_text(damage)
+        assert run(bundle, "a.jsonl").train.digest() == right
+
+
+def test_the_bytes_of_a_source_are_read_once(
+    here: Path, bundle: TokenizerBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: at each start, on every rank."""
+    read: list[Path] = []
+    blocks = sources_module._blocks
+    monkeypatch.setattr(sources_module, "_blocks", lambda file: (read.append(file), blocks(file))[1])
+    monkeypatch.setattr("sft.data.memo.SETTLED_SECONDS", -1e9)
+    first = run(bundle, write_rows("a.jsonl", rows_of(20)))
+    assert run(bundle, "a.jsonl").key == first.key
+    assert len(read) == 1
+
+    text = Path("a.jsonl").read_text()
+    state = Path("a.jsonl").stat()
+    time.sleep(0.02)  # the clock's step
+    Path("a.jsonl").write_text(text.replace("one", "two"))
+    os.utime("a.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert Path("a.jsonl").stat().st_size == state.st_size
+    assert run(bundle, "a.jsonl").key != first.key, "rewritten at the same size, with its old date"
+
+    remembered = next(file for file in Path("cache/.sources").iterdir())
+    for file in Path("cache/.sources").iterdir():
+        file.write_text("damaged")
+    assert run(bundle, "a.jsonl").key != first.key
+    assert len(read) == 3
+    assert remembered.read_text() == "damaged" or len(remembered.read_text()) == 64
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(here: Path, bundle: TokenizerBundle) -> None:
+    run(bundle, write_rows("a.jsonl", rows_of(20)))
+    assert not Path("cache/.sources").exists()
+
+
+def test_a_memo_that_cannot_be_written_costs_time_alone(here: Path, bundle: TokenizerBundle) -> None:
+    Path("cache").mkdir()
+    Path("cache/.sources").write_text("a file")
+    write_rows("a.jsonl", rows_of(20))
+    os.utime("a.jsonl", (5, 5))
+    assert run(bundle, "a.jsonl").report["rows"] == 20
 
 
 def test_the_key_changes_with_all_that_the_result_depends_on(here: Path, bundle: TokenizerBundle) -> None:
@@ -271,6 +349,61 @@ def test_content_is_what_counts() -> None:
     passages = [Passage("Hi", "x", "a:1"), Passage("", "Hix", "a:1", "text")]
     different = [said("x"), said("y"), said("x", name="n"), *passages]
     assert len({content_hash(sample) for sample in different}) == len(different)
+
+
+def test_bookkeeping_train_and_weight_are_no_content() -> None:
+    """Before: such rows were no duplicates, and stood on both sides of the split."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+    def chat(number: int, train: bool | None = None, weight: float = 1.0, **said: Any) -> Conversation:
+        ids = {"id": f"m{number}", "timestamp": number, "uuid": str(number)} if number else {}
+        calls = {**call, "id": f"c{number}", "index": number} if number else call
+        return Conversation(
+            (
+                Message("user", "Hi", ids),
+                Message("assistant", "", {**said, "tool_calls": [calls], **ids}),
+                Message("tool", "2", {"name": "add", "tool_call_id": f"c{number}"}),
+                Message("assistant", "2", ids, train, weight),
+            ),
+            f"a:{number}",
+        )
+
+    same = [chat(0), chat(1), chat(2), chat(3, False), chat(4, True, 0.5), chat(5, None, 2.0)]
+    assert len({content_hash(sample) for sample in same}) == 1
+    different = [chat(0), chat(0, reasoning_content="Add."), chat(0, reasoning_content="Hm."), chat(0, thinking="Hm.")]
+    assert len({content_hash(sample) for sample in different}) == 4
+
+
+def test_the_hash_of_plain_rows_is_for_ever() -> None:
+    """Which rows are held out depends on it: change these literals, and runs can't be resumed any more."""
+    chat = (Message("user", "Hello"), Message("assistant", "Yes"))
+    assert content_hash(Conversation(chat, "a:1")) == 652821163107826809
+    assert content_hash(Passage("a", "b", "s")) == 12321618954657544411
+    assert content_hash(Passage("", "b", "s", "text")) == 3582885988791234574
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = ({"type": "function", "function": {"name": "add"}},)
+    called = (
+        Message("user", "Hello"),
+        Message("assistant", "", {"tool_calls": [call]}),
+        Message("tool", "2", {"name": "add"}),
+        Message("assistant", "2", {"reasoning_content": "R"}),
+    )
+    assert content_hash(Conversation(called, "a:1", tools)) == 12274078436478489825
+
+
+def test_copies_with_other_ids_stay_on_one_side_and_are_counted(here: Path, bundle: TokenizerBundle) -> None:
+    rows = rows_of(20)
+    copies = [
+        {"messages": [{**message, "id": f"{number}-{copy}"} for message in row["messages"]]}
+        for number, row in enumerate(rows)
+        for copy in range(3)
+    ]
+    write_rows("a.jsonl", copies)
+    prepared = run(bundle, "a.jsonl", eval=6)
+    assert prepared.eval is not None
+    arrays = Store(prepared.path).arrays
+    assert not set(arrays["hashes"][arrays["eval"]]) & set(arrays["hashes"][arrays["train"]])
+    assert (len(set(arrays["hashes"])), prepared.eval.num_conversations) == (20, 6)
 
 
 def test_evaluation_from_sources_of_its_own(here: Path, bundle: TokenizerBundle) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sft.config import Config
+from sft.data.folding import Folded, Kind
 from sft.data.loader import Prepared, prepare
 from sft.data.readers import Row
 from sft.data.sources import Place, read_rows
@@ -207,20 +210,69 @@ def test_all_bad_rows_are_counted_and_listed_in_a_file(bundle: TokenizerBundle) 
     with pytest.raises(DataError) as caught:
         run(bundle, write(*[GOOD, b"{"] * 300))
     text = str(caught.value)
-    assert text.startswith("300 bad rows of 600:\n  a.jsonl:2: ")
-    assert text.count("\n  a.jsonl:") == 20
-    assert "… and 280 more; all of them are in cache/" in text
-    listed = next(word for word in text.split() if word.endswith("data_report.jsonl"))
-    assert [entry["line"] for entry in ledger(Path(listed))] == list(range(2, 601, 2))
+    assert text.startswith("300 bad rows of 600:\n  a.jsonl:2, 4, 6 and 297 more ranges (300 rows): malformed JSON")
+    assert text.count("a.jsonl") == 1
+    assert "Each one is listed in cache/" in text
+    listed = next(word for word in text.split() if word.endswith("data_report.jsonl."))
+    assert [entry["line"] for entry in ledger(Path(listed.rstrip(".")))] == list(range(2, 601, 2))
 
 
-def test_a_long_reason_is_told_once(bundle: TokenizerBundle) -> None:
-    source = write(*[b'{"question": "one", "answer": "two"}'] * 3)
+def test_what_repeats_itself_is_told_once_with_its_rows(bundle: TokenizerBundle) -> None:
+    """Before: twenty lines, most of them "the same"."""
+    alike = b'{"question": "one", "answer": "two"}'
+    wrong = [GOOD.replace(b"user", role) for role in (b"usr", b"usrr")]
+    source = write(*[alike] * 3, GOOD, *wrong, GOOD, alike, b"[1]")
     with pytest.raises(DataError) as caught:
         run(bundle, source)
-    text = str(caught.value)
-    assert text.count("columns: {question: prompt, answer: completion}") == 1
-    assert "a.jsonl:2: the same\n  a.jsonl:3: the same\n" in text
+    first, one, two, three, *_ = str(caught.value).splitlines()
+    assert first == "7 bad rows of 9:"
+    assert one.startswith("  a.jsonl:1-3 (3 rows): no format fits a row with the keys question, answer.")
+    assert two.startswith('  a.jsonl:5-6 (2 rows), the first: messages[0].role = "usr": unknown role.')
+    assert three.startswith("  a.jsonl:8: messages: a list of {role, content} is missing")
+    kinds = caught.value.bad_rows
+    assert [(kind["rows"], kind["where"]) for kind in kinds] == [
+        (3, "a.jsonl:1-3"), (2, "a.jsonl:5-6"), (1, "a.jsonl:8"), (1, "a.jsonl:9"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sources", "where"),
+    [
+        (["a.jsonl:3", "a.jsonl:4", "a.jsonl:6"], "a.jsonl:3-4, 6"),
+        (["a.jsonl:3", "b.jsonl:4", "b.jsonl:5"], "a.jsonl:3, b.jsonl:4-5"),
+        (["a.parquet:row 1", "a.parquet:row 2"], "a.parquet:row 1-2"),
+        (["a.json:1", "a.json:1[1]", "a.json:2"], "a.json:1, a.json:1[1], a.json:2"),
+        ([f"a.jsonl:{n}" for n in range(0, 20, 2)], "a.jsonl:0, 2, 4 and 7 more ranges"),
+        ([f"a.jsonl:{n}" for n in (1, 3, 5, 7)], "a.jsonl:1, 3, 5 and 1 more range"),
+        (["a.jsonl"], "a.jsonl"),
+    ],
+)
+def test_rows_as_ranges(sources: list[str], where: str) -> None:
+    kind = Kind(sources[0], "x")
+    for source in sources:
+        kind.add(source, "x")
+    assert kind.where() == where
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.sampled_from([0, 1, 3]))
+def test_folding_loses_no_row(numbers: list[int], kinds: int) -> None:
+    folded = Folded()
+    for number in numbers:
+        folded.add(f"a.jsonl:{number}", "abcd"[number % (kinds + 1)])
+    assert sum(kind["rows"] for kind in folded.as_list()) == folded.rows == len(numbers)
+    named = set()
+    for kind in folded.as_list():
+        for part in kind["where"].removeprefix("a.jsonl:").split(", "):
+            start, _, end = part.partition("-")
+            named |= set(range(int(start), int(end or start) + 1))
+    assert named == set(numbers)
+
+
+def test_kinds_are_bounded_and_the_rest_is_counted() -> None:
+    folded = Folded()
+    for number in range(3000):
+        folded.add(f"a.jsonl:{number}", "x" * (number % 1500))
+    assert list(folded.lines())[-1] == "… and 2,960 more for other reasons"
 
 
 def test_too_many_drops_stop_whatever_the_reason(bundle: TokenizerBundle) -> None:
@@ -233,9 +285,19 @@ def test_too_many_drops_stop_whatever_the_reason(bundle: TokenizerBundle) -> Non
     assert "a.jsonl: 20 rows, dropped 3 over_long, 1 bad_row" in text
     assert "data.max_tokens" in text
     assert "data.over_long: truncate" in text
+    assert "\n  a.jsonl:20: malformed JSON" in text
     prepared = run(bundle, source, on_bad_row="skip", max_dropped=0.2)
     assert prepared.report["dropped"] == {"over_long": 3, "bad_row": 1}
     assert len(ledger(prepared.path / "data_report.jsonl")) == 4
+
+
+def test_prompts_that_fill_max_tokens_under_truncate_get_another_cure(bundle: TokenizerBundle) -> None:
+    """Before: "set data.over_long: truncate", which was set."""
+    source = write(*[GOOD.replace(b"Hello", b"six " * 600)] * 3, GOOD)
+    with pytest.raises(DataError) as caught:
+        run(bundle, source, over_long="truncate")
+    assert "set data.over_long" not in str(caught.value)
+    assert "raise data.max_tokens, for their prompts alone fill it, or shorten the prompts" in str(caught.value)
 
 
 def test_over_long_as_an_error_is_a_bad_row(bundle: TokenizerBundle) -> None:

@@ -151,6 +151,43 @@ def test_csv_with_quotes_line_breaks_and_other_delimiters(here: Path) -> None:
     assert found("c.tsv") == [("c.tsv:2", {"prompt": "a,1", "completion": "b"})]
 
 
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("question;answer, in short\na;b\nc;d, e\n", {"question": "a", "answer, in short": "b"}),
+        ("question;answer, in short\na;b\n", {"question": "a", "answer, in short": "b"}),
+        ('question\t"answer; or, none"\nso\tc\n', {"question": "so", "answer; or, none": "c"}),
+        ("q;a\n1,5;x\n2,5;y\n", {"q": "1,5", "a": "x"}),
+        ("q,a\n1;5,x\n2;5,y\n", {"q": "1;5", "a": "x"}),
+        ("q,a;b\n1,2;3\n", {"q": "1", "a;b": "2;3"}),
+        ("text\nHello; you\n", {"text": "Hello; you"}),
+        ('q;a\n"two\nlines; and, more";b\n', {"q": "two\nlines; and, more", "a": "b"}),
+    ],
+)
+def test_what_parts_cells_is_what_fits_the_rows(here: Path, text: str, row: dict[str, str]) -> None:
+    """Before: a comma in the header decided, and every row was bad."""
+    assert found(write("a.csv", text))[0] == ("a.csv:2", row)
+
+
+def test_a_long_csv_file_is_cut_at_any_row(here: Path) -> None:
+    write("a.csv", "q;a, b\n" + '"x\ny";z\n' * 200)
+    assert [data for _, data in found("a.csv")] == [{"q": "x\ny", "a, b": "z"}] * 200
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("a.txt", "Write each text as a row of a .jsonl file"), ("a.xlsx", "Save the sheet as CSV"),
+        ("a.jsonl.zst", "Unpack it first"), ("a.pkl", "Pickles can hold code and are not read"),
+    ],
+)  # fmt: skip
+def test_files_that_no_reader_knows_get_a_cure(here: Path, name: str, cure: str) -> None:
+    write(f"d/{name}", "x")
+    for path in (f"d/{name}", "d", f"d/{name[:1]}*"):
+        with pytest.raises(DataError, match=cure):
+            source_files(path)
+
+
 def test_csv_trouble_names_the_line(here: Path) -> None:
     write("a.csv", 'a,b\n1,2,3\n"x"y,2\n3,4\n"open,5\n')
     assert [source for source, data in found("a.csv") if isinstance(data, str)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
@@ -230,6 +267,127 @@ def test_files_that_a_folder_s_split_leaves_out_are_named(here: Path) -> None:
     assert "4-test.jsonl (test) and 4 more." in said
     for whole in ("d/*.jsonl", "d/tools.jsonl", "d/more"):
         assert list(files_left_out(whole, "test")) == []
+
+
+def touch(*names: str, folder: str = "clone") -> None:
+    for name in names:
+        write(f"{folder}/{name}", lines(A))
+
+
+def read(split: str = "train", subset: str | None = None, folder: str = "clone") -> list[str]:
+    return [str(file.relative_to(folder)) for file in source_files(folder, split, subset)]
+
+
+README = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train_sft
+    path: data/train_sft-*
+  - split: train_gen
+    path: data/train_gen-*
+  - split: test_sft
+    path: data/test_sft-*
+dataset_info:
+  features: []
+---
+# A set
+"""
+SHARDS = [f"data/{name}-00000-of-00001.jsonl" for name in ("train_sft", "train_gen", "test_sft", "test_gen")]
+
+
+@pytest.mark.parametrize("readme", [True, False])
+def test_splits_of_a_clone_are_told_apart(here: Path, readme: bool) -> None:
+    """Before: train_sft and train_gen were trained together, and `split: train_sft` found no file."""
+    touch(*SHARDS)
+    if readme:
+        write("clone/README.md", README)
+    with pytest.raises(DataError, match=r"several splits begin with 'train': train_gen, train_sft\. Set split to one"):
+        read()
+    assert read("train_sft") == SHARDS[:1]
+    assert read("train_gen") == SHARDS[1:2]
+    assert read("test_sft") == SHARDS[2:3]
+    with pytest.raises(DataError, match=r"no file for split 'train_stf'.* Did you mean 'train_sft'\?"):
+        read("train_stf")
+    said = list(files_left_out("clone", "train_sft"))
+    assert "train_gen-00000-of-00001.jsonl (train_gen)" in said[-1]
+    if readme:  # of the files, those that it names
+        assert read("test") == SHARDS[2:3]
+        assert said[0] == f"clone: left out, since they belong to another subset, or to none: {SHARDS[3]}"
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        ("train_sft.jsonl test_sft.jsonl", "train", "train_sft.jsonl"),
+        ("train_1.jsonl train_2.jsonl", "train", "train_1.jsonl train_2.jsonl"),
+        ("train.part1.jsonl train-part2.jsonl", "train", "train-part2.jsonl train.part1.jsonl"),
+        ("train-00000-of-00002.jsonl train-00001-of-00002.jsonl train_old-00000-of-00001.jsonl", "train",
+         "train-00000-of-00002.jsonl train-00001-of-00002.jsonl"),
+        ("train-00000-of-00001.jsonl train_old-00000-of-00001.jsonl", "train_old", "train_old-00000-of-00001.jsonl"),
+        ("math_train.jsonl code_train.jsonl math_test.jsonl", "train", "code_train.jsonl math_train.jsonl"),
+        ("tools.jsonl train_sft.jsonl", "train", "tools.jsonl train_sft.jsonl"),
+        ("magpie-00000-of-00001.jsonl other-00000-of-00001.jsonl", "magpie", "magpie-00000-of-00001.jsonl"),
+        ("a.jsonl b.jsonl", "train", "a.jsonl b.jsonl"),
+        ("train_sft/a.jsonl train_gen/a.jsonl", "train_sft", "train_sft/a.jsonl"),
+        ("train_100k-00000-of-00001.jsonl train_10k-00000-of-00001.jsonl", "train_10k",
+         "train_10k-00000-of-00001.jsonl"),
+        ("train/a.jsonl train/b.jsonl validation/a.jsonl", "valid", "validation/a.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_split_is_a_name_or_its_beginning(here: Path, names: str, split: str, chosen: str) -> None:
+    touch(*names.split())
+    assert read(split) == sorted(chosen.split())
+
+
+def test_a_split_that_no_name_tells_is_not_ignored(here: Path) -> None:
+    touch("a.jsonl", "b.jsonl")
+    with pytest.raises(DataError, match=r"no file for split 'magpie' among a\.jsonl"):
+        read("magpie")
+
+
+PARTS = [f"data/{name}/train-00000-of-00001.jsonl" for name in ("all", "everyday", "magpie")]
+
+
+def test_a_subset_is_a_folder(here: Path) -> None:
+    """Before: "set but not read", and all three were trained, many rows twice."""
+    touch(*PARTS)
+    assert read(subset="magpie") == PARTS[2:]
+    assert read() == PARTS
+    with pytest.raises(DataError, match=r"no subset 'magpi': its folders are .*Did you mean 'magpie'\?"):
+        read(subset="magpi")
+    assert [row for row, _ in found("clone", subset="all")] == [f"clone/{PARTS[0]}:1"]
+
+
+@pytest.mark.parametrize(
+    "data_files",
+    ["data/{}/train-*", '["data/{}/train-*"]', "{{train: data/{}/*}}", "[{{split: train, path: [data/{}/train-*]}}]",
+     "data/{}/**", "data/{}"],
+)  # fmt: skip
+def test_a_subset_is_what_the_readme_says(here: Path, data_files: str) -> None:
+    touch(*PARTS, "extra.jsonl")
+    named = [("all", "all"), ("tiny", "everyday"), ("magpie", "magpie")]
+    configs = "".join(f"- config_name: {name}\n  data_files: {data_files.format(part)}\n" for name, part in named)
+    write("clone/README.md", f"---\nlicense: mit\nconfigs:\n{configs}tags: [x]\n---\nText\n")
+    assert read(subset="tiny") == PARTS[1:2]
+    with pytest.raises(DataError, match=r"its README names several subsets: all, tiny, magpie\. Set subset to one"):
+        read()
+    with pytest.raises(DataError, match=r"no subset 'everyday' with files here; its README names all, tiny, magpie"):
+        read(subset="everyday")
+    write("clone/README.md", f"---\nconfigs:\n{configs}  default: true\n---\n")
+    assert read() == PARTS[2:]
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["", "# A set\n", "---\nlicense: mit\n---\n", "---\nconfigs: 3\n---\n", "---\nconfigs:\n- {{\n---\n",
+     "---\nconfigs:\n- config_name: default\n  data_files: nowhere/*\n---\n"],
+)  # fmt: skip
+def test_a_readme_that_says_nothing_of_these_files_changes_nothing(here: Path, head: str) -> None:
+    touch("train.jsonl", "test.jsonl")
+    write("clone/README.md", head)
+    assert read() == ["train.jsonl"]
 
 
 def test_what_is_not_there_is_said_with_the_nearest_name(here: Path) -> None:

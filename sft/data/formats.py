@@ -15,15 +15,17 @@ Every error is a `DataError`: `file:line`, field, value (cut) and the cure.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sft.data.elements import object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
 from sft.data.messages import alpaca_user_text, as_list, fail, shared_message, text_of, to_message, to_tools
+from sft.data.nulls import Found, clean_calls, clean_tools, comes_of_a_table, null_turns
 from sft.data.readers import Row
 from sft.errors import DataError
-from sft.types import Conversation, Message, Passage, Sample
+from sft.types import Conversation, Message, Note, Passage, Sample
 
 LIST_KEYS = ("messages", "conversations", "conversation")
 KEYS_OF_FORMATS = {
@@ -35,10 +37,11 @@ KEYS_OF_FORMATS = {
 }
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 """How a list of messages begins that a file holds as text, be it JSON or what Python prints."""
+_ASKED = ("question", "query", "prompt", "input", "problem")
+_ANSWERED = ("answer", "response", "output", "completion", "target", "solution", "chosen")
 _HINTS = {
-    "question": "prompt", "query": "prompt", "input": "prompt", "context": "input", "answer": "completion",
-    "response": "completion", "output": "completion", "target": "completion", "chosen": "completion", "content": "text",
-    "dialog": "messages", "dialogue": "messages", "chat": "messages", "traj": "messages", "turns": "messages",
+    "context": "input", "content": "text", "dialog": "messages", "dialogue": "messages", "chat": "messages",
+    "traj": "messages", "turns": "messages",
 }  # fmt: skip
 
 
@@ -62,24 +65,45 @@ def detect_format(data: Mapping[str, Any]) -> str:
 
 def _columns_hint(data: Mapping[str, Any]) -> str:
     """Which `columns` would make the row fit, where the keys give it away."""
-    hints = dict(_HINTS, response="output", answer="output") if "instruction" in data else _HINTS
+    asked = "instruction" if "instruction" in data else next((key for key in _ASKED if key in data), "")
+    answered = next((key for key in _ANSWERED if key in data), "")
+    if asked and answered:
+        context = {"context": "input"} if "context" in data and "input" not in data else {}
+        chat = {**context, **_renamed({asked: "instruction", answered: "output"})}
+        hint = f" Map its keys, perhaps with columns: {_shown(chat)}"
+        if asked == "instruction":
+            return hint
+        plain = _renamed({asked: "prompt", answered: "completion"})
+        return (
+            f"{hint} (conversations, which the model's chat template renders), or for a base model {_shown(plain)}"
+            " (joined as they are, without a template)"
+        )
     mapping: dict[str, str] = {}
     for key in data:
-        ours = hints.get(key, "")
+        ours = _HINTS.get(key, "")
         if ours and ours not in data and ours not in mapping.values():
             mapping[key] = ours
-    if not mapping:
-        return " Map its keys with columns: {theirs: ours}"
-    return " Map its keys, perhaps with columns: {" + ", ".join(f"{a}: {b}" for a, b in mapping.items()) + "}"
+    return (
+        f" Map its keys, perhaps with columns: {_shown(mapping)}"
+        if mapping
+        else (" Map its keys with columns: {theirs: ours}")
+    )
+
+
+def _renamed(columns: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for theirs, ours in columns.items() if theirs != ours}
+
+
+def _shown(columns: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{theirs}: {ours}" for theirs, ours in columns.items()) + "}"
 
 
 def _is_shared(turns: Any) -> bool:
-    if isinstance(turns, str):
-        try:
-            turns = parse(turns)
-        except ValueError:
-            return False
-    first = turns[0] if isinstance(turns, list) and turns else None
+    try:
+        turns = unzipped(parse(turns) if isinstance(turns, str) else turns)
+        first = object_of(turns[0]) if isinstance(turns, list) and turns else None
+    except ValueError:
+        return False
     return isinstance(first, dict) and "role" not in first and "from" in first
 
 
@@ -90,7 +114,7 @@ def messages(row: Row) -> Conversation:
         raise fail(row.source, "messages", None, "a list of {role, content} is missing", _seen(row))
     turns = as_list(row.source, key, row.data[key])
     found = [to_message(row.source, f"{key}[{i}]", turn) for i, turn in enumerate(turns)]
-    return _conversation(row, key, _with_system(row, found))
+    return _conversation(row, key, _with_system(row, found), turns)
 
 
 def sharegpt(row: Row) -> Conversation:
@@ -100,7 +124,7 @@ def sharegpt(row: Row) -> Conversation:
         raise fail(row.source, "conversations", None, "a list of {from, value} is missing", _seen(row))
     turns = as_list(row.source, key, row.data[key])
     found = [shared_message(row.source, f"{key}[{i}]", turn) for i, turn in enumerate(turns)]
-    return _conversation(row, key, _with_system(row, found))
+    return _conversation(row, key, _with_system(row, found), turns)
 
 
 def alpaca(row: Row) -> Conversation:
@@ -111,6 +135,8 @@ def alpaca(row: Row) -> Conversation:
     history = row.data.get("history")
     found: list[Message] = []
     for i, pair in enumerate([] if history in (None, "") else as_list(row.source, "history", history, empty=True)):
+        if isinstance(pair, str) and pair.lstrip().startswith("["):
+            pair = as_list(row.source, f"history[{i}]", pair)
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise fail(row.source, f"history[{i}]", pair, "expected a pair of texts", "Write [question, answer]")
         found.append(Message("user", text_of(row.source, f"history[{i}][0]", pair[0])))
@@ -133,12 +159,14 @@ def prompt_completion(row: Row) -> Sample:
     if isinstance(prompt, str) or isinstance(completion, str):
         kinds = f"prompt is {name_of(prompt)} and completion is {name_of(completion)}"
         raise fail(row.source, "prompt", row.data["prompt"], kinds, "Make both text, or both lists of {role, content}")
+    completion = unzipped(completion)
     answers = [completion] if isinstance(completion, Mapping) else as_list(row.source, "completion", completion)
-    told = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(as_list(row.source, "prompt", prompt))]
+    asked = as_list(row.source, "prompt", prompt)
+    told = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(asked)]
     found = [to_message(row.source, f"completion[{i}]", m) for i, m in enumerate(answers)]
     if not any(m.role == "assistant" for m in found):
         raise fail(row.source, "completion", answers, "has no assistant message", "The completion is what is trained")
-    whole = _conversation(row, "prompt", _with_system(row, told + found))
+    whole = _conversation(row, "prompt", _with_system(row, told + found), [*asked, *answers])
     return replace(whole, context=len(whole.messages) - len(found))
 
 
@@ -148,6 +176,7 @@ def _messages_of_text(source: str, where: str, value: Any) -> Any:
         return value
     try:
         parsed = parse(value)
+        parsed = [object_of(turn) for turn in parsed] if isinstance(parsed, list) else parsed
     except ValueError as error:
         if _MESSAGES_AS_TEXT.match(value):
             cure = "Write the messages as JSON (in Python: json.dumps)"
@@ -181,14 +210,40 @@ def _with_system(row: Row, found: list[Message]) -> list[Message]:
     return [Message("system", content), *found]
 
 
-def _conversation(row: Row, key: str, found: list[Message]) -> Conversation:
+def _conversation(row: Row, key: str, found: list[Message], turns: Sequence[Any] = ()) -> Conversation:
+    """`turns`: the last of the messages, as the file holds them."""
     if not any(m.role == "assistant" for m in found):
         roles = ", ".join(m.role for m in found[:6])
         raise fail(row.source, key, None, f"no assistant message among {roles}", "There is nothing to train on")
     tools = row.data.get("tools")
     if tools is None:
         tools = row.data.get("functions")
-    return Conversation(tuple(found), row.source, to_tools(row.source, tools) if tools else ())
+    whole = Conversation(tuple(found), row.source, to_tools(row.source, tools) if tools else ())
+    return _without_foreign_nulls(whole, tools, turns)
+
+
+def _without_foreign_nulls(whole: Conversation, tools: Any, turns: Sequence[Any]) -> Conversation:
+    """`tools` and `turns` as the file holds them: what was JSON text there has no nulls but its own."""
+    of_table, nulls = comes_of_a_table(tools), null_turns(turns)
+    if not (of_table or nulls):
+        return whole
+    found = Found()
+    cleaned = clean_tools(whole.tools, found) if of_table else whole.tools
+    messages, first = list(whole.messages), len(whole.messages) - len(turns)
+    for turn in nulls:
+        message = messages[first + turn]
+        messages[first + turn] = replace(message, extra=clean_calls(message, cleaned, of_table, found))
+    said = (
+        ("foreign_nulls", "nulls of a table's other rows are left out", found.left_out),
+        ("nulls_kept", "null arguments of tool calls that no schema decides about are kept", found.unsure),
+    )
+    notes = [Note(whole.source, "altered", why, f"{what}: {_named(names)}") for why, what, names in said if names]
+    return replace(whole, messages=tuple(messages), tools=cleaned, notes=tuple(notes))
+
+
+def _named(names: Sequence[str], most: int = 6) -> str:
+    each = list(dict.fromkeys(names))
+    return ", ".join(each[:most]) + (f" and {len(each) - most} more" if len(each) > most else "")
 
 
 FORMATS: dict[str, Callable[[Row], Sample]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,35 @@ from numpy.typing import NDArray
 from sft.errors import DataError
 from sft.types import Conversation, Sample
 
+SAID = frozenset(("tool_calls", "reasoning_content", "reasoning", "thinking", "name"))
+"""Keys of a message beside its text that are words of the conversation; all others are bookkeeping to the split."""
+CALL_IDS = frozenset(("id", "index", "call_id"))
 MOST_ROWS = 500
 """Of a share: more would cost time and tell little more."""
 
 
 def content_hash(sample: Sample) -> int:
-    """64 bits of what the row says: its messages and tools, or its texts. Where it stands does not matter."""
+    """64 bits of what the row says: its messages and tools, or its texts. Where it stands does not matter.
+
+    Nor does what no model learns to say: ids and other bookkeeping of messages, the ids of calls and their results,
+    `train` and `weight`. Rows that differ in these alone are one conversation, and stay on one side of the split.
+    """
     content: Any
     if isinstance(sample, Conversation):
-        content = ([(m.role, m.content, m.extra, m.train, m.weight) for m in sample.messages], sample.tools)
+        # None and 1.0: a message's train and weight, in their places still, since running runs hold rows out by this.
+        content = ([(m.role, m.content, _said(m.extra), None, 1.0) for m in sample.messages], sample.tools)
     else:
         content = (sample.kind, sample.prompt, sample.completion)
     digest = hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _said(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a message holds beside its text: what it says, without the ids of calls."""
+    said = {key: value for key, value in extra.items() if key in SAID}
+    if isinstance(said.get("tool_calls"), list):
+        said["tool_calls"] = [{key: v for key, v in call.items() if key not in CALL_IDS} for call in said["tool_calls"]]
+    return said
 
 
 def held_out(hashes_C: NDArray[np.uint64], wanted: float) -> NDArray[np.bool_]:

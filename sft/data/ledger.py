@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.folding import Folded
 from sft.data.store import StoreWriter
 from sft.errors import DataError
 from sft.types import Note
 
-SHOWN = 20
-LONG_DETAIL = 120
-"""Characters; a longer reason that repeats itself row by row is told once."""
 _LINE = re.compile(r":(?:row )?(\d+)(?:\[\d+\])?(?:#\d+)?$")
 
 
@@ -40,10 +38,9 @@ class Ledger:
         self.rows: Counter[int] = Counter()  # origin → rows read
         self.templated = 0  # rows that a template renders
         self.dropped: dict[int, Counter[str]] = {}  # origin → reason → rows
-        self.refused: list[str] = []  # the first SHOWN
+        self.refused = Folded()
         self.num_refused = 0
         self.num_refused_long = 0  # those of them that are only over_long
-        self._last_detail = ""
         self._codes: dict[tuple[str, str], int] = {}  # (action, reason) of kept rows → number
         self._noted_conversations = array("q")
         self._noted_codes = array("i")
@@ -52,11 +49,7 @@ class Ledger:
         """A row that `data.on_bad_row` decides about."""
         self.num_refused += 1
         self.num_refused_long += note.reason == "over_long"
-        if len(self.refused) < SHOWN:
-            detail = note.detail or note.reason
-            again = detail == self._last_detail and len(detail) > LONG_DETAIL
-            self.refused.append(f"{note.source}: {'the same' if again else detail}")
-            self._last_detail = detail
+        self.refused.add(note.source, note.detail or note.reason)
         self.drop(note, origin)
 
     def drop(self, note: Note, origin: int) -> None:
@@ -108,28 +101,33 @@ class Ledger:
 
 
 def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
-    """`on_bad_row: error`: raises with the first bad rows; the list of all of them moves to `all_rows`."""
+    """`on_bad_row: error`: raises with the bad rows by kind; the list of all of them moves to `all_rows`."""
     if not ledger.num_refused:
         return
     ledger.path.replace(all_rows)
-    lines = [f"  {line}" for line in ledger.refused]
-    if ledger.num_refused > len(lines):
-        lines.append(f"  … and {ledger.num_refused - len(lines):,} more; all of them are in {all_rows}")
+    lines = [f"  {line}" for line in ledger.refused.lines()]
+    if ledger.num_refused > 1:
+        lines.append(f"Each one is listed in {all_rows}.")
     cures = ["raise data.max_tokens, or set data.over_long: drop or truncate"] if ledger.num_refused_long else []
     if ledger.num_refused > ledger.num_refused_long:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
     told = "; ".join(cures)
-    raise DataError(
+    error = DataError(
         f"{ledger.num_refused:,} bad row{'s' if ledger.num_refused > 1 else ''} of {sum(ledger.rows.values()):,}:\n"
         + "\n".join(lines)
         + f"\n{told[0].upper()}{told[1:]}"
     )
+    error.bad_rows = tuple(ledger.refused.as_list())
+    raise error
 
 
 def refuse_many_drops(
-    ledger: Ledger, paths: Sequence[str], origins: Sequence[int], most: float, all_rows: Path
+    ledger: Ledger, paths: Sequence[str], origins: Sequence[int], most: float, all_rows: Path, over_long: str = "drop"
 ) -> None:
-    """Raises where more than the share `most` of the rows of these sources was dropped, whatever the reason."""
+    """Raises where more than the share `most` of the rows of these sources was dropped, whatever the reason.
+
+    `over_long`: as `data.over_long` says; where it is truncate, what is left too long has no room for an answer.
+    """
     rows, dropped = ledger.total(origins)
     number = sum(dropped.values())
     if not rows or number <= most * rows:
@@ -142,12 +140,20 @@ def refuse_many_drops(
         for origin in origins
         if origin in ledger.dropped
     ]
-    cure = "raise data.max_tokens, or set data.over_long: truncate; " if "over_long" in dropped else ""
-    raise DataError(
+    cure = ""
+    if "over_long" in dropped and over_long == "truncate":
+        cure = "raise data.max_tokens, for their prompts alone fill it, or shorten the prompts; "
+    elif "over_long" in dropped:
+        cure = "raise data.max_tokens, or set data.over_long: truncate; "
+    if ledger.num_refused:  # not all of them may be of these sources
+        lines += ["Bad rows among them:", *(f"  {line}" for line in ledger.refused.lines())]
+    error = DataError(
         f"{number:,} of {rows:,} rows ({number / rows:.1%}) were dropped, more than data.max_dropped = {most}:\n"
         + "\n".join(lines)
         + f"\nEach one is listed in {all_rows}. Repair the rows; {cure}or raise data.max_dropped"
     )
+    error.bad_rows = tuple(ledger.refused.as_list())
+    raise error
 
 
 def account(

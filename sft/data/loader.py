@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.advice import unread_template
+from sft.advice import kept_nulls, unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
@@ -48,6 +48,8 @@ from sft.tokenizer import TokenizerBundle
 __all__ = ["Prepared", "Split", "cache_key", "prepare"]
 
 SAY_SECONDS = 10.0
+SOURCES = ".sources"
+"""Beside the keys: digests of the files that were read."""
 
 
 def prepare(
@@ -66,11 +68,11 @@ def prepare(
     """
     data = config.data
     settings = encode_settings(data)
-    path = cache_dir / cache_key(data, bundle, settings)
+    path = cache_dir / cache_key(data, bundle, settings, cache_dir / SOURCES)
     sources = _sources(data)
     repeats = [source.repeat for source in sources]
     for source in sources:
-        for line in files_left_out(source.path, source.split):
+        for line in files_left_out(source.path, source.split, source.subset):
             say(line)
     if not is_published(path):
         with disk_errors(path), _alone(path, say):
@@ -78,7 +80,7 @@ def prepare(
                 _build(path, data, bundle, settings, workers, say)
     prepared = open_prepared(path, repeats)
     _say_result(prepared, say)
-    for line in unread_template(data, prepared.report):
+    for line in chain(unread_template(data, prepared.report), kept_nulls(prepared.report)):
         say(line)
     return prepared
 
@@ -98,11 +100,14 @@ def _sources(data: Data) -> list[Source]:
     return [*data.train, *(data.eval if isinstance(data.eval, list) else [])]
 
 
-def cache_key(data: Data, bundle: TokenizerBundle, settings: EncodeSettings) -> str:
-    """Changes with anything that the prepared data depends on. `repeat` is no part: it is applied when opened."""
+def cache_key(data: Data, bundle: TokenizerBundle, settings: EncodeSettings, memo: Path | None = None) -> str:
+    """Changes with anything that the prepared data depends on. `repeat` is no part: it is applied when opened.
+
+    `memo`: a folder that remembers the digests of files.
+    """
     facts = {
-        "train": [(source_fingerprint(place_of(s)), s.format) for s in data.train],
-        "eval": [(source_fingerprint(place_of(s)), s.format) for s in data.eval]
+        "train": [(source_fingerprint(place_of(s), memo), s.format) for s in data.train],
+        "eval": [(source_fingerprint(place_of(s), memo), s.format) for s in data.eval]
         if isinstance(data.eval, list)
         else data.eval,
         "rules": [data.on_bad_row, data.max_dropped],
@@ -174,7 +179,7 @@ def _build(
             trained = range(len(data.train))
             own_eval = range(len(data.train), len(sources))
             for origins in (trained, own_eval):
-                refuse_many_drops(ledger, paths, origins, data.max_dropped, all_rows)
+                refuse_many_drops(ledger, paths, origins, data.max_dropped, all_rows, data.over_long)
             _split(writer, ledger, data, paths, say)
             report = account(writer, ledger, paths, trained, "train", formats[1])
             scored = account(writer, ledger, paths, own_eval or trained, "eval", formats[1])
@@ -185,13 +190,17 @@ def _build(
             report["template"] = bundle.template_name
             report["content_in_parts"] = bundle.chat is not None and bundle.chat.parts
             writer.finish(report, pick_samples(writer, ledger, picks, Encoder(bundle, settings)))
+            made = open_prepared(folder, [source.repeat for source in sources])
+            for split in (made.train, made.eval):
+                if split is not None:
+                    split.digest()  # remembered beside the arrays
         finally:
             writer.close()
             ledger.close()
 
 
 def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
-    files = chain.from_iterable(source_files(source.path, source.split) for source in sources)
+    files = chain.from_iterable(source_files(source.path, source.split, source.subset) for source in sources)
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -295,7 +304,8 @@ def _split(writer: StoreWriter, ledger: Ledger, data: Data, paths: Sequence[str]
             read, dropped = ledger.total(origins)
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
             listed = ", ".join(paths[o] for o in origins)
-            raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). Check data.max_tokens")
+            cure = "Raise data.max_tokens" if "over_long" in dropped else "Look at the rows: sft check"
+            raise DataError(f"data.{what}: no row is left of {read} from {listed} ({why}). {cure}")
     writer.append(train=trained, eval=scored)
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from sft.data.elements import call_text, object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
 from sft.errors import DataError, did_you_mean
 from sft.types import Message, Role
@@ -40,19 +41,26 @@ def fail(source: str, where: str, value: object, problem: str, cure: str) -> Dat
 
 
 def as_list(source: str, where: str, value: Any, *, empty: bool = False) -> list[Any]:
-    """A list, or its JSON text (as CSV and some Parquet files hold it)."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """A list, or its JSON text (as CSV and some Parquet files hold it), or an object of lists (old Parquet files)."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = parse(value)
         except ValueError as error:
             raise fail(source, where, None, str(error), "Repair the JSON text in this field") from None
-    if isinstance(value, tuple):
-        value = list(value)
+    value = list(value) if isinstance(value, tuple) else unzipped(value)
     if not isinstance(value, list):
         raise fail(source, where, value, f"is {name_of(value)}, expected a list", "Map the right column with columns")
     if not value and not empty:
         raise fail(source, where, value, "is an empty list", "Fill it, or remove the row")
     return value
+
+
+def opened(source: str, where: str, value: Any) -> Any:
+    """The object whose JSON text a value is; anything else as it is."""
+    try:
+        return object_of(value)
+    except ValueError as error:
+        raise fail(source, where, None, str(error), "Repair the JSON text in this field") from None
 
 
 def text_of(source: str, where: str, value: Any) -> str:
@@ -85,6 +93,7 @@ def _check_utf8(source: str, where: str, value: str) -> None:
 
 
 def _part(source: str, where: str, part: Any) -> str:
+    part = opened(source, where, part)
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(part.get("text"), str):
         raise fail(source, where, part, "expected {type: text, text: …}", "Only text can be trained")
@@ -93,6 +102,7 @@ def _part(source: str, where: str, part: Any) -> str:
 
 def to_message(source: str, where: str, turn: Any) -> Message:
     """One message of OpenAI's chat format."""
+    turn = opened(source, where, turn)
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {role, content}")
     role = turn.get("role")
@@ -136,6 +146,7 @@ def _unknown_role(source: str, where: str, role: Any, turn: Mapping[str, Any]) -
 
 def shared_message(source: str, where: str, turn: Any) -> Message:
     """One message of ShareGPT's format. Keys beside `from` and `value` are treated as in the chat format."""
+    turn = opened(source, where, turn)
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {from, value}")
     speaker = turn.get("from")
@@ -146,23 +157,37 @@ def shared_message(source: str, where: str, turn: Any) -> Message:
         raise fail(source, f"{where}.from", speaker, problem, f"Known: {', '.join(SHAREGPT_ROLES)}.{hint}")
     value = turn.get("value")
     if role == "call":
+        said: dict[str, Any] = {"content": None, "tool_calls": value}
         if isinstance(value, str):
-            value = _parsed(source, f"{where}.value", value)
-        return to_message(source, where, {**turn, "role": "assistant", "content": None, "tool_calls": value})
+            said = _called_in_text(source, f"{where}.value", value)
+        return to_message(source, where, {**turn, **said, "role": "assistant"})
     if not isinstance(value, (str, list)) and not (role == "tool" and isinstance(value, Mapping)):
         text_of(source, f"{where}.value", value)  # raises, naming their field
     return to_message(source, where, {**turn, "role": role, "content": value})
 
 
+def _called_in_text(source: str, where: str, value: str) -> dict[str, Any]:
+    """What the text of a function call says: calls, and thoughts and words before them, if any."""
+    found = call_text(value)
+    calls: list[Any] = []
+    for text in found.calls:
+        call = _parsed(source, where, text, "Write {name, arguments} as JSON, thoughts before it in <think>…</think>")
+        calls += call if isinstance(call, list) else [call]
+    reasoning = {"reasoning_content": found.reasoning} if found.reasoning else {}
+    return {"content": found.content or None, "tool_calls": calls, **reasoning}
+
+
 def _to_calls(source: str, where: str, calls: Any) -> list[dict[str, Any]]:
     if isinstance(calls, str):
         calls = _parsed(source, where, calls)
+    calls = unzipped(calls)
     calls = [calls] if isinstance(calls, Mapping) else as_list(source, where, calls)
     return [_to_call(source, f"{where}[{i}]", call) for i, call in enumerate(calls)]
 
 
 def _to_call(source: str, where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    call = opened(source, where, call)
+    function = opened(source, f"{where}.function", call.get("function", call)) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise fail(source, where, call, "no tool call", "Expected {type: function, function: {name, arguments}}")
     arguments = function.get("arguments", function.get("parameters"))
@@ -186,6 +211,7 @@ def to_tools(source: str, tools: Any) -> tuple[Mapping[str, Any], ...]:
         if not tools.strip():
             return ()
         tools = _parsed(source, "tools", tools)
+    tools = unzipped(tools)
     listed = [tools] if isinstance(tools, Mapping) else as_list(source, "tools", tools, empty=True)
     return tuple(_to_tool(source, f"tools[{i}]", tool) for i, tool in enumerate(listed))
 
@@ -197,6 +223,8 @@ def _to_tool(source: str, where: str, tool: Any) -> dict[str, Any]:
         raise fail(source, where, tool, f"is {name_of(tool)}", "Expected {type: function, function: {name, …}}")
     plain = cast("dict[str, Any]", _plain(source, where, tool))
     function = plain.get("function", plain)
+    if isinstance(function, str):
+        function = plain["function"] = _parsed(source, f"{where}.function", function)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise fail(source, where, tool, "has no name", "Expected {type: function, function: {name, …}}")
     if isinstance(function.get("parameters"), str):
@@ -204,13 +232,13 @@ def _to_tool(source: str, where: str, tool: Any) -> dict[str, Any]:
     return plain if function is not plain else {"type": "function", "function": plain}
 
 
-def _parsed(source: str, where: str, value: str) -> Any:
+def _parsed(source: str, where: str, value: str, cure: str = "Repair the JSON text in this field") -> Any:
     try:
         return _plain(source, where, parse(value))
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise fail(source, where, None, str(error), "Repair the JSON text in this field") from None
+        raise fail(source, where, None, str(error), cure) from None
 
 
 def _plain(source: str, where: str, value: Any, depth: int = 0) -> Any:

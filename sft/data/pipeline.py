@@ -98,6 +98,8 @@ def encode_batch(encoder: ManyEncoder, batch: RowBatch) -> EncodedBatch:
         notes.extend((index, note) for note in result.notes)
         examples_R[index] = len(result.examples)
         if result.examples:
+            if isinstance(sample, Conversation):
+                notes.extend((index, note) for note in sample.notes)
             hashes[index] = content_hash(sample)
             examples.extend(result.examples)
     return EncodedBatch(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sft.data.arrowjson import row_decoder
+from sft.data.delimiter import HEAD_LINES, delimiter_of
 from sft.data.jsontext import JsonText, RowText, parse_object
 from sft.errors import DataError
 
@@ -237,19 +239,18 @@ def _read_object(file: IO[bytes], name: str, columns: Mapping[str, str]) -> Rows
 
 
 def read_csv(path: Path, name: str, columns: Mapping[str, str] = {}) -> Rows:
-    """Rows under a header of column names; `,`, or `;` or a tab where the header has no comma. Cells are text."""
+    """Rows under a header of column names. Cells are text, between them `,`, `;` or a tab: what fits the first rows."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with _open(path) as binary:
         _first_character(binary, name)
         # Bytes that are not UTF-8 become lone surrogates, which the formats refuse with the row's line.
         file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         lines = _bounded_lines(file, name)
-        first = next(lines, "")
-        if not first:
+        head = list(itertools.islice(lines, HEAD_LINES))
+        if not head:
             return
-        marks = ("\t",) if kind_of(path) == ".tsv" else (",", "\t", ";")
-        delimiter = next((mark for mark in marks if mark in first), marks[0])
-        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+        delimiter = "\t" if kind_of(path) == ".tsv" else delimiter_of(head)
+        reader = csv.reader(itertools.chain(head, lines), delimiter=delimiter, strict=True)
         yield from _csv_rows(reader, name)
 
 
@@ -326,6 +327,7 @@ def rows_of_batches(batches: Iterator[Any], name: str) -> Rows:
     """Rows of Arrow record batches, numbered from 1 (`name:row N`)."""
     number = 0
     for whole in batches:
+        decode = row_decoder(whole.schema)
         for start in range(0, whole.num_rows, ARROW_ROWS):
             batch = whole.slice(start, ARROW_ROWS)
             size = batch.nbytes // max(1, batch.num_rows)
@@ -334,8 +336,12 @@ def rows_of_batches(batches: Iterator[Any], name: str) -> Rows:
                 source = f"{name}:row {number}"
                 if isinstance(row, str):
                     yield BadRow(source, row)
-                else:
-                    yield Row(source, without_nulls(row, 0), size)
+                    continue
+                try:  # nulls within JSON are the user's: of those Arrow knows nothing
+                    plain = without_nulls(row, 0)
+                    yield Row(source, decode(plain) if decode else plain, size)
+                except ValueError as error:
+                    yield BadRow(source, f"{error}. Repair or remove the row")
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | str]:

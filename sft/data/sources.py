@@ -19,7 +19,10 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.data.memo import remembered
 from sft.data.readers import READERS, BadRow, Row, Rows, kind_of, read_file, rows_of_batches
+from sft.data.splits import choose
+from sft.datanames import cure_of_kind
 from sft.errors import DataError, did_you_mean
 from sft.hub import cure
 
@@ -35,10 +38,6 @@ FILES_NAMED = 5
 """Of files that are left out."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_SPLIT_WORDS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def read_rows(place: Place | str) -> Rows:
     twice = sorted({ours for ours in columns.values() if list(columns.values()).count(ours) > 1})
     if twice:
         raise DataError(f"columns: two columns are mapped to '{twice[0]}': {dict(columns)}. Map one of them")
-    files = source_files(place.path, place.split)
+    files = source_files(place.path, place.split, place.subset)
     if files:
         rows: Rows = itertools.chain.from_iterable(read_file(file, _shown(file), columns) for file in files)
     else:
@@ -81,18 +80,22 @@ def file_of(source: str) -> str:
     return source.rpartition(":")[0] or source
 
 
-def files_left_out(path: str, split: str = "train") -> Iterator[str]:
-    """Says which files of a folder are not read, since their names name another split. Nothing where all are read.
+def files_left_out(path: str, split: str = "train", subset: str | None = None) -> Iterator[str]:
+    """Says which files of a folder are not read, since they belong to another split. Nothing where all are read.
 
     Raises DataError where nothing is found.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return
-    read = set(source_files(path, split))
-    left = [file.relative_to(folder) for file in _data_files(folder) if file not in read]
+    choice = choose(_found_in(folder, path), folder, split, subset)
+    left, others = choice.left_out, choice.of_no_subset
+    if others:
+        named = ", ".join(str(file.relative_to(folder)) for file in others[:FILES_NAMED])
+        named += f" and {len(others) - FILES_NAMED:,} more" if len(others) > FILES_NAMED else ""
+        yield f"{path}: left out, since they belong to another subset, or to none: {named}"
     if left:
-        named = ", ".join(f"{file} ({_split_word(file) or 'train'})" for file in left[:FILES_NAMED])
+        named = ", ".join(f"{file.relative_to(folder)} ({label})" for file, label in left[:FILES_NAMED])
         named += f" and {len(left) - FILES_NAMED:,} more" if len(left) > FILES_NAMED else ""
         yield (
             f"{path}: left out, since by their names they belong to another split than '{split}': {named}. "
@@ -100,31 +103,35 @@ def files_left_out(path: str, split: str = "train") -> Iterator[str]:
         )
 
 
-def source_files(path: str, split: str = "train") -> list[Path]:
+def source_files(path: str, split: str = "train", subset: str | None = None) -> list[Path]:
     """The files of a source, sorted; empty for a hub id. Raises DataError where nothing is found."""
     expanded = Path(path).expanduser()
     if expanded.is_file():
         if not kind_of(expanded):
-            raise DataError(f"{path}: no reader for this kind of file. Known: {_kinds()}")
+            raise DataError(f"{path}: no reader for this kind of file{cure_of_kind(expanded)}. Known: {_kinds()}")
         return [expanded]
     if expanded.is_dir():
-        found = _data_files(expanded)
-        if not found:
-            raise DataError(f"{path}: no data files in this folder. Known kinds: {_kinds()}")
-        return _of_split(found, expanded, split)
+        return list(choose(_found_in(expanded, path), expanded, split, subset).files)
     if glob.has_magic(path):
         matched = sorted(Path(f) for f in glob.glob(str(expanded), recursive=True))
         found = [f for f in matched if f.is_file() and kind_of(f)]
         if not found:
-            raise DataError(f"{path}: matches {len(matched)} paths, none of them a data file. Known kinds: {_kinds()}")
+            other = next((c for f in matched if (c := cure_of_kind(f))), "")
+            raise DataError(
+                f"{path}: matches {len(matched)} paths, none of them a data file{other}. Known kinds: {_kinds()}"
+            )
         return found
     if _HUB_ID.fullmatch(path) and not kind_of(expanded):
         return []
     raise DataError(f"{path}: no such file or folder, seen from {Path.cwd()}.{_nearest(expanded)}")
 
 
-def _data_files(folder: Path) -> list[Path]:
-    return [f for f in sorted(folder.rglob("*")) if f.is_file() and _wanted(f.relative_to(folder))]
+def _found_in(folder: Path, path: str) -> list[Path]:
+    found = [f for f in sorted(folder.rglob("*")) if f.is_file() and _wanted(f.relative_to(folder))]
+    if not found:
+        other = next((c for f in sorted(folder.rglob("*")) if f.is_file() and (c := cure_of_kind(f))), "")
+        raise DataError(f"{path}: no data files in this folder{other}. Known kinds: {_kinds()}")
+    return found
 
 
 def _shown(file: Path) -> str:
@@ -144,31 +151,6 @@ def _nearest(path: Path) -> str:
     beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     return f" Did you mean '{path.parent / near[0]}'?" if near else " Check data.train[].path"
-
-
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Where names of files or folders carry train, test or validation, only those of the split asked for.
-
-    Otherwise a folder with train.jsonl and test.jsonl would silently train on its test rows. Files without such a
-    word belong to train.
-    """
-    wanted = _SPLIT_WORDS.get(split, split)
-    splits = {file: _split_word(file.relative_to(folder)) for file in files}
-    if not any(splits.values()):
-        return files
-    chosen = [file for file in files if (splits[file] or "train") == wanted]
-    if not chosen:
-        listed = ", ".join(f"{file.relative_to(folder)} ({splits[file] or 'none'})" for file in files[:10])
-        raise DataError(f"{folder}: no file for split '{split}' among {listed}. Set split, or name the file itself")
-    return chosen
-
-
-def _split_word(relative: Path) -> str | None:
-    for part in reversed(relative.parts):
-        words = [_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLIT_WORDS]
-        if words:
-            return words[0]
-    return None
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
@@ -262,21 +244,29 @@ def _read_hub(place: Place) -> Rows:
     yield from rows_of_batches(batches, f"{place.path}[{place.split}]")
 
 
-def source_fingerprint(place: Place | str) -> str:
-    """SHA-256 over the settings and over the bytes of every file: changes with any row, not with a file's date."""
+def source_fingerprint(place: Place | str, memo: Path | None = None) -> str:
+    """SHA-256 over the settings and over the bytes of every file: changes with any row, not with a file's date.
+
+    `memo`: a folder that remembers it by what the system says of the files, so that each is read once.
+    """
     place = Place(place) if isinstance(place, str) else place
     settings = json.dumps([*astuple(place)], sort_keys=True)
     digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
-    files: Iterable[Path] = source_files(place.path, place.split)
+    files: Iterable[Path] = source_files(place.path, place.split, place.subset)
     if not files:
         data = _load_hub(place)
         files = [Path(cached["filename"]) for cached in data.cache_files]
         digest.update(f"{data.num_rows} {data.features} {data._fingerprint if not files else ''}".encode())
-    for file in files:
-        digest.update(f"\n{_shown(file)} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
+
+    def whole() -> str:
+        for file in files:
+            digest.update(f"\n{_shown(file)} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            for block in _blocks(file):
+                digest.update(block)
+        return digest.hexdigest()
+
+    named = [(_shown(file), file) for file in files]
+    return remembered(memo, digest.hexdigest(), named, whole) if memo and named else whole()
 
 
 def _blocks(file: Path) -> Iterator[bytes]:

@@ -5,6 +5,7 @@
           report.json         counts
           samples.json        a few conversations of each split, for generation and for the check of serving
           data_report.jsonl   one note a line
+          digests.json        of the tokens of its sides, so that they are read once
 
 Shapes: C conversations (rows), E examples, N tokens. A conversation holds one example or several.
 """
@@ -12,6 +13,7 @@ Shapes: C conversations (rows), E examples, N tokens. A conversation holds one e
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +33,7 @@ from sft.errors import DeviceError
 from sft.types import Example, Int32Array
 
 MANIFEST, REPORT, SAMPLES, NOTES = "manifest.json", "report.json", "samples.json", "data_report.jsonl"
+DIGESTS = "digests.json"
 ARRAYS: dict[str, str] = {
     "ids": "<i4",  # N
     "weights": "<f4",  # N
@@ -167,6 +170,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         assert is_published(path), f"{path} is no published store"
+        self.path = path
         counts = {n: a["count"] for n, a in _read(path / MANIFEST)["arrays"].items()}
         self.arrays = {name: _mapped(path, name, counts[name]) for name in ARRAYS}
         self.token_starts = _starts(self.arrays["lengths"])
@@ -234,6 +238,32 @@ class Split:
         trained: Int32Array = self._store.arrays["trained"][self._index_E]
         return trained
 
+    def digest(self) -> str:
+        """16 digits of SHA-256 over how often each source comes and over every token and weight, in their order.
+
+        Remembered beside the arrays for as long as their files are what they were.
+        """
+        repeats_S = np.asarray(self.repeats_S, dtype=np.float32)
+        hasher = hashlib.sha256(repeats_S[self.origins_C].tobytes() + self.origins_C.tobytes())
+        hasher_of_rows = hashlib.sha256(self._index_E.tobytes())
+        name = f"{hasher.hexdigest()[:16]} {hasher_of_rows.hexdigest()[:16]}"
+        files = _file_states(self._store.path)
+        known = _known_digests(self._store.path, files)
+        if name not in known:
+            known[name] = self._digest_of_tokens(hasher)
+            _remember(self._store.path, {"files": files, "digests": known})
+        return known[name]
+
+    def _digest_of_tokens(self, hasher: hashlib._Hash) -> str:
+        store = self._store
+        starts_E, ends_E = (4 * store.token_starts[self._index_E + i] for i in (0, 1))  # bytes of int32 and float32
+        if len(store.arrays["ids"]):
+            ids, weights = (memoryview(np.asarray(store.arrays[n])).cast("B") for n in ("ids", "weights"))
+            for start, end in zip(starts_E.tolist(), ends_E.tolist(), strict=True):
+                hasher.update(ids[start:end])
+                hasher.update(weights[start:end])
+        return hasher.hexdigest()[:16]
+
     def conversation_examples(self, conversation: int) -> range:
         """The examples of a conversation."""
         return range(int(self._starts_C[conversation]), int(self._starts_C[conversation + 1]))
@@ -241,6 +271,28 @@ class Split:
     def example(self, index: int) -> Example:
         """One example; its arrays are read-only views of the file."""
         return self._store.example(int(self._index_E[index]))
+
+
+def _file_states(path: Path) -> dict[str, list[int]]:
+    states = {name: (path / f"{name}.bin").stat() for name in ARRAYS}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _known_digests(path: Path, files: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        found = _read(path / DIGESTS)
+        return dict(found["digests"]) if found["files"] == files else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _remember(path: Path, value: Any) -> None:
+    part = path / f".{DIGESTS}.{uuid.uuid4().hex[:8]}"
+    try:
+        part.write_text(json.dumps(value), encoding="utf-8")
+        part.replace(path / DIGESTS)
+    except OSError:  # a full or read-only disk: computed again next time
+        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
