@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
+from sft.data.rowkeys import cure_of, is_bookkeeping
 from sft.types import Example, Note, Rendered
+
+
+_OF_KEYS = ("unread", "read_as")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class EncodeSettings:
     over_long: str = "drop"
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    unread: str = "report"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,24 @@ def too_long(source: str, tokens: int, settings: EncodeSettings) -> Encoded:
     if settings.over_long == "error":
         return Encoded((), (Note(source, "refused", "over_long", detail),))
     return Encoded((), (Note(source, "dropped", "over_long", detail),))
+
+
+def with_notes(encoded: Encoded, notes: tuple[Note, ...], settings: EncodeSettings) -> Encoded:
+    """The outcome of a row with what is to be said of its keys: `notes`, those of its sample.
+
+    Notes of unread keys come one a path and never of bookkeeping; with data.unread: error the row is refused for them.
+    """
+    if not notes and not encoded.notes:
+        return encoded
+    told = {(note.action, note.reason): note for note in reversed((*encoded.notes, *notes)) if note.action in _OF_KEYS}
+    for action, path in list(told):
+        if action == "unread" and is_bookkeeping(path, told[action, path].detail):
+            del told[action, path]
+    unread = [note for note in told.values() if note.action == "unread"]
+    if unread and encoded.examples and settings.unread == "error":
+        said = "; ".join(f"{note.reason} = {note.detail}: nothing reads it. {cure_of(note.reason)}" for note in unread)
+        return Encoded((), (Note(unread[0].source, "refused", "unread", said),))
+    return Encoded(encoded.examples, (*(n for n in encoded.notes if n.action not in _OF_KEYS), *told.values()))
 
 
 def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
