@@ -177,7 +177,7 @@ def _seen(row: Row) -> str:
 def _with_system(row: Row, found: list[Message], notes: Notes) -> list[Message]:
     """The messages behind the system text that stands beside them, under whichever of its names."""
     for key in SYSTEM_NAMES:
-        system = row.data[key] if key in row.data else None
+        system = row.data.get(key)
         if system in (None, ""):
             continue
         content = text_of(row.source, key, system)
@@ -194,7 +194,7 @@ def _tools(row: Row, notes: Notes) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, under whichever of their names; where it has several, they must be the same."""
     made: tuple[Mapping[str, Any], ...] = ()
     for key in TOOLS_NAMES:
-        tools = row.data[key] if key in row.data else None
+        tools = row.data.get(key)
         if is_empty(tools):
             continue
         found = to_tools(row.source, tools)

@@ -179,7 +179,9 @@ def _in_our_spelling(source: str, where: str, turn: Mapping[str, Any]) -> dict[s
     if role is not None and role != speaker:
         meant = SHAREGPT_ROLES.get(role.lower()) if isinstance(role, str) else None
         if meant != ours and (meant, ours) != ("assistant", "call"):
-            raise fail(source, f"{where}.from", speaker, f"is not the role beside it, '{cut(role)}'", "Keep one of them")
+            raise fail(
+                source, f"{where}.from", speaker, f"is not the role beside it, '{cut(role)}'", "Keep one of them"
+            )
     value, content = turn.get("value"), turn.get("content")
     if value not in (None, "") and content not in (None, "", value):
         raise fail(source, f"{where}.value", value, "differs from content beside it", "Keep one of them")

@@ -10,7 +10,6 @@ from sft.data.proof import Refusal
 from sft.data.rowkeys import cure_of, is_bookkeeping
 from sft.types import Example, Note, Rendered
 
-
 _OF_KEYS = ("unread", "read_as")
 
 
@@ -72,17 +71,20 @@ def with_notes(encoded: Encoded, notes: tuple[Note, ...], settings: EncodeSettin
 
     Notes of unread keys come one a path and never of bookkeeping; with data.unread: error the row is refused for them.
     """
-    if not notes and not encoded.notes:
+    if not encoded.examples or not (notes or encoded.notes):
         return encoded
-    told = {(note.action, note.reason): note for note in reversed((*encoded.notes, *notes)) if note.action in _OF_KEYS}
-    for action, path in list(told):
-        if action == "unread" and is_bookkeeping(path, told[action, path].detail):
-            del told[action, path]
+    told = {(note.action, note.reason): note for note in notes}
+    others = []
+    for note in encoded.notes:
+        if note.action not in _OF_KEYS:
+            others.append(note)
+        elif note.action == "read_as" or not is_bookkeeping(note.reason, note.detail):
+            told.setdefault((note.action, note.reason), note)
     unread = [note for note in told.values() if note.action == "unread"]
-    if unread and encoded.examples and settings.unread == "error":
+    if unread and settings.unread == "error":
         said = "; ".join(f"{note.reason} = {note.detail}: nothing reads it. {cure_of(note.reason)}" for note in unread)
         return Encoded((), (Note(unread[0].source, "refused", "unread", said),))
-    return Encoded(encoded.examples, (*(n for n in encoded.notes if n.action not in _OF_KEYS), *told.values()))
+    return Encoded(encoded.examples, (*others, *told.values()))
 
 
 def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:

@@ -19,13 +19,15 @@ from sft.errors import DataError
 from sft.types import Note
 
 BOOKKEEPING = frozenset(
-    """
-    id _id idx index uuid row_id example_id sample_id conversation_id conv_id dialog_id message_id prompt_id turn_id
-    tool_call_id source source_id dataset dataset_name dataset_id subset split language lang locale score scores rating
-    quality timestamp time date created created_at updated_at create_time update_time model generator license url hash
-    md5 sha256 num_turns num_tokens token_count length metadata meta version __index_level_0__
-    """.split()
-)
+    (
+        "id", "_id", "idx", "index", "uuid", "row_id", "example_id", "sample_id", "conversation_id", "conv_id",
+        "dialog_id", "message_id", "prompt_id", "turn_id", "tool_call_id", "__index_level_0__",
+        "source", "source_id", "dataset", "dataset_name", "dataset_id", "subset", "split", "license", "url",
+        "language", "lang", "locale", "score", "scores", "rating", "quality", "model", "generator",
+        "timestamp", "time", "date", "created", "created_at", "updated_at", "create_time", "update_time",
+        "hash", "md5", "sha256", "num_turns", "num_tokens", "token_count", "length", "metadata", "meta", "version",
+    )
+)  # fmt: skip
 """Says where a row comes from, not what is trained; at any level. docs/DATA.md lists the same names."""
 LONG_BOOKKEEPING = 200
 """Characters; a longer text under such a name (`source` beside `target`) is no bookkeeping."""

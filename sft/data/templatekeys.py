@@ -101,7 +101,9 @@ class TemplateKeys:
         if not ours or not isinstance(value, str) or message.extra.get(ours) not in (None, "", value):
             _note(source, f"messages[].{key}", value, notes)
             return message
-        extra: Mapping[str, Any] = {ours if name == key else name: v for name, v in message.extra.items() if name != ours}
+        extra: Mapping[str, Any] = {
+            ours if name == key else name: v for name, v in message.extra.items() if name != ours
+        }
         note = read_as_note(source, f"messages[].{key}", ours, value)
         notes.setdefault(note.reason, note)
         return replace(message, extra=extra)
