@@ -146,7 +146,10 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
     if ledger.num_refused > ledger.num_refused_long:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
     if any("unread" in reasons for reasons in ledger.dropped.values()):
-        cures.append("data.unread: report trains rows without what nothing reads, and says so")
+        cures.append(
+            "a key that nothing reads: map it with columns: {theirs: ours}, leave it out with columns: {theirs: null}, or "
+            "set data.unread: report"
+        )
     told = "; ".join(cures)
     raise DataError(
         f"{ledger.num_refused:,} bad row{'s' if ledger.num_refused > 1 else ''} of {sum(ledger.rows.values()):,}:\n"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
-from sft.data.rowkeys import cure_of, is_bookkeeping
+from sft.data.rowkeys import is_bookkeeping
 from sft.types import Example, Note, Rendered
 
 _OF_KEYS = ("unread", "read_as")
@@ -82,8 +82,8 @@ def with_notes(encoded: Encoded, notes: tuple[Note, ...], settings: EncodeSettin
             told.setdefault((note.action, note.reason), note)
     unread = [note for note in told.values() if note.action == "unread"]
     if unread and settings.unread == "error":
-        said = "; ".join(f"{note.reason} = {note.detail}: nothing reads it. {cure_of(note.reason)}" for note in unread)
-        return Encoded((), (Note(unread[0].source, "refused", "unread", said),))
+        said = ", ".join(f"{note.reason} = {note.detail}" for note in unread)
+        return Encoded((), (Note(unread[0].source, "refused", "unread", f"nothing reads {said}"),))
     return Encoded(encoded.examples, (*others, *told.values()))
 
 

@@ -12,7 +12,6 @@ from sft.data.rowkeys import (
     LIST_KEYS,
     MASKED_ROLE,
     ONLY_LAST,
-    OWN_FLAGS,
     USER_NAMES,
     Notes,
     as_weight,
@@ -76,23 +75,23 @@ def _texts(sample: Sample) -> set[str]:
 def _flagged(row: Row, key: str, value: Any, sample: Sample, notes: Notes) -> Sample:
     """The sample as a flag of its row wants it: `train`, `weight`, `only_last`, NeMo's `mask`.
 
-    `loss` and other names of flags that hold a fraction or a word are measurements or something else: not read. A list
-    under such a name is a mask of tokens, which is refused.
+    A list under such a name is a mask of tokens, which is refused. A number under `loss` is a measurement, and a word
+    under any of them something else again: not read.
     """
     if key == MASKED_ROLE:
         return _masked(row, value, sample, notes)
-    means = FLAGS.get(key, "train")
     if isinstance(value, (list, tuple)):
         refuse_masks(row.source, "", row.data, (key,))
-    if key == "weight" or means == "weight":
+    if FLAGS.get(key) == "weight":
         weight = as_weight(_number(value))
         if weight is None:
-            told = flag_refused(row.source, key, value, means)
+            told = flag_refused(row.source, key, value, "weight")
             raise DataError(f"{told}; if it is no weight of the loss, columns: {{{key}: null}} leaves it out")
         notes[key] = read_as_note(row.source, key, "weight of the whole row", value)
         return _weighted(sample, weight)
     answer = yes_or_no(value)
-    if answer is None or (isinstance(value, float) and key not in OWN_FLAGS):
+    measured = isinstance(value, float) or (key == "loss" and str(value).strip().lower() not in ("true", "false"))
+    if answer is None or measured:
         _note_unread(row, key, value, sample, notes)
         return sample
     if key == ONLY_LAST:
@@ -102,7 +101,7 @@ def _flagged(row: Row, key: str, value: Any, sample: Sample, notes: Notes) -> Sa
         _note_unread(row, key, value, sample, notes)
         return sample
     notes[key] = read_as_note(row.source, key, "train of the whole row", value)
-    return sample if answer is not (means == "untrained") else _untrained(sample)
+    return sample if answer else _untrained(sample)
 
 
 def _number(value: Any) -> Any:

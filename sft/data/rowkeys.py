@@ -46,8 +46,11 @@ FLAGS: dict[str, Means] = {
     "masked": "untrained",  # torchtune's Message: true is not trained
     "loss_weight": "weight",  # LLaMA-Factory's v1, XTuner
 }
-"""Per turn and per row: the name, and what it means here. A value that is no such value is refused, never guessed."""
+"""Of a turn: the name, and what it means here. A value that is no such value is refused, never guessed."""
 OWN_FLAGS = frozenset(("train", "weight"))
+ROW_FLAGS = ("train", "weight", "loss", "loss_mask", "loss_weight", "trainable")
+"""Those that a whole row may carry. `masked` and `training` of a row are as often said of its private data, or its
+split, and are reported."""
 MASKS_WITHIN = frozenset(
     (
         "train_detail",  # axolotl's message_field_training_detail: offsets within a message
@@ -104,7 +107,7 @@ def row_keys(keys: tuple[str, ...], name: str) -> RowKeys:
     lists = [key for key in rest if key in LIST_KEYS]
     if name in ("messages", "sharegpt") and len(lists) == 1:
         rest.remove(lists[0])
-    flags = (*FLAGS, ONLY_LAST, MASKED_ROLE)
+    flags = (*ROW_FLAGS, ONLY_LAST, MASKED_ROLE)
     known = (*flags, *MEDIA, *MASKS_WITHIN, *BOOKKEEPING)
     return RowKeys(
         tuple(key for key in rest if key in flags),
