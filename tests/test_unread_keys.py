@@ -60,7 +60,8 @@ def refusal(name: str = "messages", **data: Any) -> str:
     with pytest.raises(DataError) as caught:
         sample(name, **data)
     message = str(caught.value)
-    assert message.startswith("a.jsonl:7: ") and len(message) < 400, message
+    assert message.startswith("a.jsonl:7: "), message
+    assert len(message) < 400, message
     return message
 
 
@@ -103,7 +104,8 @@ def test_the_turn_that_is_not_to_be_learned_is_not_trained(reasoning: TokenizerB
 @pytest.mark.parametrize("value", ["no", 2, 0.5, [0, 1], {"a": 1}])
 def test_what_is_no_yes_or_no_is_refused_with_what_to_write(flag: str, value: Any) -> None:
     message = refusal(messages=[HI, {**AHOY, flag: value}])
-    assert f"messages[1].{flag} = " in message and "Write train: true or train: false" in message
+    assert f"messages[1].{flag} = " in message
+    assert "Write train: true or train: false" in message
 
 
 def test_flags_that_contradict_or_ask_for_others_words_are_refused() -> None:
@@ -112,7 +114,8 @@ def test_flags_that_contradict_or_ask_for_others_words_are_refused() -> None:
     assert chat(HI, {**AHOY, "train": False, "masked": True}).messages[1].train is False
     for flag, value, off in (("loss", True, "false"), ("masked", False, "true"), ("loss_weight", 1, "0")):
         message = refusal(messages=[{**HI, flag: value}, AHOY])
-        assert "asks to train a user message" in message and f"set it to {off}" in message
+        assert "asks to train a user message" in message
+        assert f"set it to {off}" in message
     assert chat({**HI, "loss": False}, AHOY).messages[0].train is False
 
 
@@ -237,7 +240,8 @@ def test_rows_with_more_than_text_are_refused_and_empty_columns_are_not(key: str
     for name, row in rows:
         for value in ("img/0.png", ["img/0.png"], {"bytes": None, "path": "a.png"}):
             message = refusal(name, **row, **{key: value})
-            assert message.startswith(f"a.jsonl:7: {key} = ") and message.endswith("Only text can be trained")
+            assert message.startswith(f"a.jsonl:7: {key} = ")
+            assert message.endswith("Only text can be trained")
         for nothing in (None, [], "", [None], {"bytes": None, "path": None}):
             assert told(sample(name, **row, **{key: nothing})) == []
     assert f"messages[0].{key} = " in refusal(messages=[{**HI, key: ["a.png"]}, AHOY])
@@ -253,7 +257,7 @@ def test_rows_with_more_than_text_are_refused_and_empty_columns_are_not(key: str
         ("text", {"text": "a", "role": "user", "parent_id": "p"}, ["role", "parent_id"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "system": "c", "tools": [{"name": "f"}]},
          ["system", "tools"]),
-        ("alpaca", {"instruction": "a", "output": "b", "documents": ["d"], "category": "qa"}, ["documents", "category"]),
+        ("alpaca", {"instruction": "a", "output": "b", "documents": ["d"], "kind": "qa"}, ["documents", "kind"]),
         ("messages", {"messages": [HI, AHOY], "conversations": [HI], "history": [["a", "b"]]},
          ["conversations", "history"]),
         ("messages", {"messages": [HI, AHOY], "prompt": " Hi\n", "note": "", "answer": None, "list": []}, []),
@@ -285,7 +289,7 @@ def test_keys_of_messages_are_held_against_the_template(reasoning: TokenizerBund
 
 
 def test_notes_of_others_come_once_a_path_and_never_of_bookkeeping() -> None:
-    examples = Encoder.__dict__ and (object(),)
+    examples = (object(),)
     mine = (Note("a:1", "unread", "messages[].mood", "x"),)
     theirs = tuple(Note("a:1", "unread", path, "y") for path in ("messages[].mood", "messages[].id", "tools[].strict"))
     made = with_notes(Encoded(examples, theirs), mine, EncodeSettings())  # type: ignore[arg-type]
@@ -447,8 +451,9 @@ def test_error_refuses_such_rows_and_null_leaves_the_column_out(reasoning: Token
     assert "a.jsonl:3: nothing reads parent_id = p2" in message
     assert "set data.unread: report" in message
     prepared, _ = run(reasoning, tmp_path, many(), unread="error", columns={"parent_id": None})
-    assert prepared.report["kept"] == 8 and prepared.report["unread"] == []
-    with pytest.raises(DataError, match="no column 'parent'.*Did you mean 'parent_id'"):
+    assert prepared.report["kept"] == 8
+    assert prepared.report["unread"] == []
+    with pytest.raises(DataError, match=r"no column 'parent'.*Did you mean 'parent_id'"):
         run(reasoning, tmp_path, many(), columns={"parent": None})
     skipped, _ = run(reasoning, tmp_path, many(), unread="error", on_bad_row="skip", max_dropped=1.0)
     assert skipped.report["dropped"] == {"unread": 6}
@@ -474,7 +479,9 @@ def test_the_commands_name_them(tmp_path: Path, model_folder: Path, monkeypatch:
     assert [entry["key"] for entry in picture["unread"]] == ["parent_id"]
     assert [(entry["key"], entry["read_as"]) for entry in picture["read_as"]] == [("messages[].loss", "train")]
     shown = sft("check", config)[0]
-    assert "columns not read:" in shown and named in shown and "No problems" in shown
+    assert "columns not read:" in shown
+    assert named in shown
+    assert "No problems" in shown
     assert f"not read: {named}" in sft("prepare", config)[0]
     assert "not read: parent_id, e.g." in sft("preview", config)[1]
     trained = "".join(sft("train", config))
@@ -482,4 +489,5 @@ def test_the_commands_name_them(tmp_path: Path, model_folder: Path, monkeypatch:
     report = json.loads((tmp_path / "run/data.json").read_text())
     assert [entry["key"] for entry in report["unread"]] == ["parent_id"]
     page = (tmp_path / "run/report.html").read_text()
-    assert "Columns not read" in page and "parent_id" in page
+    assert "Columns not read" in page
+    assert "parent_id" in page
