@@ -66,7 +66,7 @@ def refusal(name: str = "messages", **data: Any) -> str:
 
 
 def told(made: Sample | Encoded) -> list[tuple[str, str]]:
-    return [(note.action, note.reason) for note in made.notes]
+    return [(note.action, note.reason) for note in made.notes if note.action in ("unread", "read_as")]
 
 
 # Flags --------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
     if any("unread" in reasons for reasons in ledger.dropped.values()):
         cures.append(
-            "a key that nothing reads: map it with columns: {theirs: ours}, leave it out with columns: {theirs: null}, or "
+            "a key that nothing reads: map it (columns: {theirs: ours}), leave it out (columns: {theirs: null}), or "
             "set data.unread: report"
         )
     told = "; ".join(cures)

@@ -81,6 +81,8 @@ READ: dict[str, frozenset[str]] = {
 }
 """By format, which keys of a row its function looks at, but for the list of messages, its flags and its media."""
 
+_LIST = re.compile(r"^(?:conversations?|prompt|completion)\[(?=\d)")
+
 Notes = dict[str, Note]
 """By key path, what is to be said of a row's keys: at most one note a path."""
 
@@ -202,8 +204,8 @@ def flag_refused(source: str, where: str, value: Any, means: Means) -> DataError
 
 
 def path_of(where: str) -> str:
-    """`messages[].name` of `messages[3].name`."""
-    return re.sub(r"\[\d+\]", "[]", where)
+    """`messages[].name` of `messages[3].name`; a list of messages is called so whatever the row calls it."""
+    return re.sub(r"\[\d+\]", "[]", _LIST.sub("messages[", where))
 
 
 def unread_note(source: str, path: str, value: Any) -> Note:
