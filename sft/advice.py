@@ -42,6 +42,34 @@ def unread_arguments(template: str | None, arguments: Mapping[str, Any]) -> Iter
             yield f"data.template_args.{name}: the template in use never reads {name}"
 
 
+MOST_COLUMNS = 12
+"""Lines about keys of rows; a longer list stays in the data's report."""
+
+
+def columns_unread(report: Mapping[str, Any]) -> Iterator[str]:
+    """Of keys of rows that nothing reads: how many rows have them, one example and the cure. `report`: of the data."""
+    told = report.get("unread") or []
+    for entry in told[:MOST_COLUMNS]:
+        yield f"not read: {rows_with(entry)}. {entry['cure']}"
+    if len(told) > MOST_COLUMNS:
+        yield f"not read: {len(told) - MOST_COLUMNS:,} further keys; data.json and data_report.jsonl list them all"
+
+
+def columns_read_as(report: Mapping[str, Any]) -> Iterator[str]:
+    """Of keys of rows that were read under one of our names."""
+    told = report.get("read_as") or []
+    for entry in told[:MOST_COLUMNS]:
+        yield f"read as {entry['read_as']}: {rows_with(entry)}"
+    if len(told) > MOST_COLUMNS:
+        yield f"read under another name: {len(told) - MOST_COLUMNS:,} further keys; data.json lists them all"
+
+
+def rows_with(entry: Mapping[str, Any]) -> str:
+    """`parent_id, 12 rows (100%) of a.jsonl, e.g. a.jsonl:1: 7`."""
+    rows = f"{entry['rows']:,} row{'s' * (entry['rows'] != 1)} ({entry['share']:.0%})"
+    return f"{entry['key']}, {rows} of {entry['source']}, e.g. {entry['at']}: {entry['example']}"
+
+
 def unread_template(data: Data, report: Mapping[str, Any]) -> Iterator[str]:
     """Of the keys that choose a template, those that are set although no row was rendered. `report`: of the data.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from sft.advice import columns_read_as, columns_unread
 from sft.pages import num_bytes
 from sft.picture import Picture
 from sft.schedule import peak_learning_rate, share_or_steps
@@ -34,6 +35,10 @@ def blocks(picture: Picture) -> Iterator[tuple[str, str, str]]:
     yield "tuning", tuning_line(picture), ""
     if picture.report["by_source"]:
         yield "data", "\n".join(source_table(picture.report)), ""
+        if lines := [line.partition(": ")[2] for line in columns_unread(picture.report)]:
+            yield "not read", "\n".join(["columns not read:", *lines]), "yellow"
+        if lines := list(columns_read_as(picture.report)):
+            yield "read as", "\n".join(line.removeprefix("read as ") for line in lines), ""
         if scored := evaluation_line(picture.report):
             yield "held out", scored, ""
         yield "lengths", "\n".join(length_lines(picture)), ""

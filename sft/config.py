@@ -27,7 +27,7 @@ Tuning = Literal["full", "lora", "qlora"]
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 RowField = Literal[
     "messages", "conversations", "conversation", "prompt", "completion", "instruction", "input", "output", "text",
-    "system", "history", "tools", "functions",
+    "system", "history", "tools", "functions", "train", "weight",
 ]  # fmt: skip
 """What some row format reads: a column that is mapped to another name would be lost."""
 Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
@@ -140,8 +140,8 @@ class Source(Section):
     """Of a hub id (its configuration), or of a folder, as its README or its folders name it."""
     revision: str | None = None
     """Of a hub id: branch, tag or commit."""
-    columns: dict[str, RowField] = {}
-    """{their name: ours}, e.g. {question: prompt, answer: completion}."""
+    columns: dict[str, RowField | None] = {}
+    """{their name: ours}, e.g. {question: prompt, answer: completion}; null leaves a column out knowingly."""
     limit: Positive | None = None
     """Read that many rows."""
     repeat: Annotated[float, Field(gt=0)] = 1.0
@@ -167,6 +167,8 @@ class Data(Section):
     """What happens to examples of more than max_tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
     """error: list the bad rows and stop; skip: count them in data_report.jsonl and go on."""
+    unread: Literal["report", "error"] = "report"
+    """Keys of rows that nothing reads: report: named with their rows and the cure; error: such rows are bad rows."""
     max_dropped: Share = 0.05
     """Stop when a larger share of rows is dropped, for whatever reason."""
     control_tokens_in_text: ControlTokens = "text"

@@ -53,7 +53,7 @@ class Picture:
         return {
             "rows": self.rows, "kept": 0, "dropped": {reason: count for reason, count in dropped.items() if count},
             "held_out": 0, "cut": 0, "altered": {}, "examples": 0, "tokens": 0, "trained_tokens": 0,
-            "by_source": [], "length_histogram": [], "eval": None, "formats": {},
+            "by_source": [], "length_histogram": [], "eval": None, "formats": {}, "unread": [], "read_as": [],
         }  # fmt: skip
 
     @property
@@ -79,6 +79,7 @@ def as_object(picture: Picture) -> dict[str, Any]:
         "notes": picture.notes,
         "bad_rows": picture.bad_kinds,
         **{key: report[key] for key in ("held_out", "cut", "altered", "length_histogram", "eval")},
+        **{key: report[key] for key in ("unread", "read_as")},
         "by_source": [{**source, "kept": source["kept"] + source["held_out"]} for source in report["by_source"]],
         "proven_examples": report["examples"],
         "model_type": picture.settings.get("model_type"),

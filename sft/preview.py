@@ -35,10 +35,12 @@ SYMBOLS = f"↵ newline  · blank  ⇥ tab  {SPELLED}…{SPELLED_END} spells a c
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Examples in the order they are shown, and a line for each row on the way that gave none."""
+    """Examples in the order they are shown, a line for each row on the way that gave none, and one for each key of
+    the others' that nothing reads or that has another name."""
 
     shown: tuple[Shown, ...]
     left_out: tuple[str, ...]
+    keys: tuple[str, ...] = ()
 
 
 def preview(loaded: LoadedConfig, *, n: int = 4, html: Path | None = None, json_lines: bool = False) -> None:
@@ -51,6 +53,8 @@ def preview(loaded: LoadedConfig, *, n: int = 4, html: Path | None = None, json_
         print(f"left out: {line}", file=sys.stderr)
     if len(gathered.left_out) > 10:
         print(f"left out: {len(gathered.left_out) - 10} more rows; sft check counts them", file=sys.stderr)
+    for line in gathered.keys[:20]:
+        print(line, file=sys.stderr)
     if html is not None:
         from sft.durable import write_text
 
@@ -75,7 +79,8 @@ def gather(config: Config, bundle: TokenizerBundle, n: int) -> Gathered:
 
     encoder = Encoder(bundle, encode_settings(config.data))
     left_out: list[str] = []
-    streams = [_examples(source, origin, encoder, left_out) for origin, source in enumerate(config.data.train)]
+    keys: dict[tuple[str, str], str] = {}
+    streams = [_examples(source, origin, encoder, left_out, keys) for origin, source in enumerate(config.data.train)]
     found: list[tuple[int, Example]] = []
     active = dict(enumerate(streams))
     while active and len(found) < n:
@@ -93,12 +98,17 @@ def gather(config: Config, bundle: TokenizerBundle, n: int) -> Gathered:
         )
     found.sort(key=lambda item: item[0])
     return Gathered(
-        tuple(show(example, config.data.train[origin].path, bundle) for origin, example in found), tuple(left_out)
+        tuple(show(example, config.data.train[origin].path, bundle) for origin, example in found),
+        tuple(left_out),
+        tuple(keys.values()),
     )
 
 
-def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) -> Iterator[Example]:
-    """The examples of a source in the order of its rows; what becomes of the others goes to `left_out`."""
+def _examples(
+    source: Source, origin: int, encoder: Any, left_out: list[str], keys: dict[tuple[str, str], str]
+) -> Iterator[Example]:
+    """The examples of a source in the order of its rows; what becomes of the others goes to `left_out`, and `keys` gets
+    a line for each key that nothing reads, by (path of the source, key)."""
     from sft.data.pipeline import Dealer, to_sample
     from sft.types import Note
 
@@ -110,6 +120,12 @@ def _examples(source: Source, origin: int, encoder: Any, left_out: list[str]) ->
                 left_out.append(f"{sample.source}: {sample.detail}")
                 continue
             encoded = encoder.encode(sample)
+            for note in encoded.notes:
+                if note.action in ("unread", "read_as"):
+                    said = "not read" if note.action == "unread" else "read"
+                    keys.setdefault(
+                        (source.path, note.reason), f"{said}: {note.reason}, e.g. {note.source}: {note.detail}"
+                    )
             if not encoded.examples:
                 left_out.extend(f"{note.source}: {note.reason}: {note.detail}" for note in encoded.notes)
             yield from encoded.examples

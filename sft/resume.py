@@ -18,7 +18,7 @@ from sft.schedule import peak_learning_rate
 FREE_PREFIXES = (
     "run.dir", "run.deterministic", "run.threads", "eval", "save", "log", "batch.micro_tokens", "model.attention",
     "model.compile", "model.gradient_checkpointing", "train.early_stopping", "train.on_nonfinite",
-    "train.max_nonfinite_skips", "data.on_bad_row", "data.max_dropped",
+    "train.max_nonfinite_skips", "data.on_bad_row", "data.max_dropped", "data.unread",
 )  # fmt: skip
 LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.

@@ -46,7 +46,7 @@ class Conversation:
     source: str
     tools: tuple[Mapping[str, Any], ...] = ()
     context: int = 0
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()  # what is to be said of the row: keys unread or read under another name, foreign nulls
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Passage:
     completion: str
     source: str
     kind: Literal["completion", "text"] = "completion"
+    weight: float = 1.0
+    notes: tuple[Note, ...] = ()
 
 
 Sample = Conversation | Passage
@@ -103,10 +105,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A row that was dropped, cut or altered, for data_report.jsonl."""
+    """A row that was dropped, cut or altered, for data_report.jsonl.
+
+    Of action `unread`, the reason is the path of a key that nothing read, the detail an excerpt of its value; of
+    `read_as`, the reason is `path as ours`. A row has at most one of each reason.
+    """
 
     source: str
-    action: Literal["refused", "dropped", "cut", "altered"]  # refused: data.on_bad_row decides
+    action: Literal["refused", "dropped", "cut", "altered", "unread", "read_as"]  # refused: data.on_bad_row decides
     reason: str  # short, countable: "over_long", "bad_row", "unprovable", "nothing_trained", "control_tokens", …
     detail: str = ""
 

@@ -177,7 +177,10 @@ def test_a_row_that_is_trained_whole_ends_with_a_stop_token(tmp_path: Path, foot
 
 def test_reasoning_that_the_template_drops_is_said(words: TokenizerBundle) -> None:
     encoded = encode(words, U("Hello"), A("one", extra={"reasoning_content": "two"}))
-    assert [(n.action, n.reason) for n in encoded.notes] == [("altered", "reasoning_left_out")]
+    assert [(n.action, n.reason) for n in encoded.notes] == [
+        ("altered", "reasoning_left_out"),
+        ("unread", "messages[].reasoning_content"),
+    ]
     assert trained(words, encoded) == [["one<|im_end|>"]]
 
 

@@ -29,10 +29,12 @@ FLOORS: dict[float, str] = {
     1.2: "liger advice choice meeting configkeys unread hub",
     1.3: "resume",
     1.5: "configfile",
+    1.9: "data.rowkeys",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
     2.2: "weightfiles",
+    2.3: "data.rest data.templatekeys",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",

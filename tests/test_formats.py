@@ -74,15 +74,19 @@ def test_columns_lead_to_what_formats_read() -> None:
             asked.add(key)
             return super().get(key, default)
 
+        def __getitem__(self, key: str) -> Any:
+            asked.add(key)
+            return super().__getitem__(key)
+
     chat = [USER, AHOY]
     for name, data in {
         "messages": {"conversation": chat}, "sharegpt": {"conversation": [{"from": "gpt", "value": "Hi"}]},
         "alpaca": {"instruction": "Hi", "output": "Ahoy"},
         "prompt_completion": {"prompt": [USER], "completion": [AHOY]},
-        "text": {"text": "Hi"},
+        "text": {"text": "Hi", "train": True, "weight": 1},
     }.items():  # fmt: skip
         FORMATS[name](Row("a.jsonl:7", Recorded(data)))
-    assert asked == set(get_args(RowField))
+    assert asked - {"system_prompt", "available_tools"} == set(get_args(RowField))  # those have names of ours
     assert asked > ROW_FIELDS
 
 
@@ -218,7 +222,7 @@ def test_empty_and_blank_content_stays_as_it_is() -> None:
          "assistant, tool. Did you mean 'user'?"),
         ([USER, {"role": "gpt", "content": "x"}], "Did you mean 'assistant'?"),
         ([USER, {"role": "Assistant", "content": "x"}], "Did you mean 'assistant'?"),
-        ([{"from": "human", "value": "x"}], "format: sharegpt"),
+        ([{"content": "x"}], "messages[0].role: is missing, the keys are content"),
         ([USER, {"role": "assistant"}], "messages[1].content: is null"),
         ([USER, {"role": "assistant", "content": 7}], "messages[1].content = 7: is a number, expected text"),
         ([USER, {"role": "assistant", "content": math.nan}], "is NaN"),

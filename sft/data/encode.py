@@ -31,10 +31,12 @@ from sft.data.outcome import (
     spelled_note,
     too_long,
     unknown_notes,
+    with_notes,
 )
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
 from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
+from sft.data.templatekeys import TemplateKeys
 from sft.errors import DataError
 from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
@@ -80,6 +82,7 @@ class Encoder:
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
         self._renderer: Renderer | None = None
+        self._keys = TemplateKeys(chat) if chat else None
         if chat is not None:
             allow = settings.control_tokens_in_text == "allow"
             self._renderer = Renderer(chat, answer_check(bundle, chat, self.control.everywhere, allow=allow))
@@ -93,6 +96,10 @@ class Encoder:
         self.bundle.require_chat()
         assert self._renderer is not None
         return self._renderer
+
+    def named(self, sample: Sample) -> Sample:
+        """The sample with the keys of its messages as the template names them, and notes about those it never reads."""
+        return self._keys.read(sample) if self._keys and isinstance(sample, Conversation) else sample
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_many([sample])[0]
@@ -112,6 +119,7 @@ class Encoder:
 
     def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
         """`encode_many` without a clock."""
+        samples = [self.named(sample) for sample in samples]
         results: list[Encoded | None] = [None] * len(samples)
         works: dict[int, Work] = {}
         pieces: dict[int, list[Piece]] = {}
@@ -136,7 +144,11 @@ class Encoder:
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
             results[i] = self.judged(works[i], row, faults, notes[i])
-        return [result for result in results if result is not None]
+        return [
+            with_notes(result, sample.notes, self.settings)
+            for result, sample in zip(results, samples, strict=True)
+            if result is not None
+        ]
 
     def judged(self, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]) -> Encoded:
         """The row's examples if its spans are proven. Turns that are not so in one sequence may be one by one."""
@@ -155,6 +167,8 @@ class Encoder:
         """A row without a template. Raises Refusal."""
         settings, end = self.settings, self.bundle.end_of_text
         assert end is not None
+        if not sample.weight:
+            raise Refusal("nothing_trained", "the row asks not to be trained: train: false or weight: 0")
         found = passage_ids(sample, self.tokenizer, self.control, mode=settings.control_tokens_in_text,
                             policy=settings.train_on, end_of_text=end)  # fmt: skip
         decoded = self.decoder([found.ids[found.start :]])[0]
@@ -169,7 +183,7 @@ class Encoder:
         if length > limit:
             notes.append(cut_note(sample.source, length, limit))
         weights_T = np.zeros(length, dtype=np.float32)
-        weights_T[found.start :] = 1
+        weights_T[found.start :] = sample.weight
         ids_T = np.asarray(found.ids, dtype=np.int32)
         return Encoded((Example(ids_T[:limit], weights_T[:limit], sample.source),), tuple(notes))
 
@@ -314,8 +328,10 @@ class Encoder:
 
     def whole_piece(self, work: Work, notes: list[Note]) -> list[Piece]:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
-        if any(weight != 1.0 for weight in work.weights):
+        if len(set(work.weights)) > 1:
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
+        if not work.weights[0]:
+            raise Refusal("nothing_trained", "the row asks not to be trained: train: false or weight: 0")
         lost = (i for i, message in enumerate(work.messages) if left_out(message, work.whole))
         notes += [reasoning_note(work.sample.source, i) for i in islice(lost, 1)]
         ids, text = list(work.ids), unmark(work.whole)
@@ -389,7 +405,7 @@ class Encoder:
         """Weight of each token (T,). Raises Refusal where it cannot be told which tokens the markers leave out."""
         rendered = piece.rendered
         if self.settings.train_on == "all":
-            return np.ones(len(rendered.input_ids), dtype=np.float32)
+            return np.full(len(rendered.input_ids), work.weights[0], dtype=np.float32)
         weights_T = token_weights(rendered, work.weights)
         for span, text in zip(rendered.spans, piece.texts, strict=True):
             if stretches := work.untrained.get(span.message):

@@ -9,6 +9,9 @@
                         conversation of which the completion is trained; as JSON text, too, as CSV files hold them
     text                {"text": "all of it is trained"}
 
+A message may have either spelling, `role` and `content` or `from` and `value`, whatever the others have. What a row
+holds besides is told by `rest`.
+
 Every error is a `DataError`: `file:line`, field, value (cut) and the cure.
 """
 
@@ -21,13 +24,14 @@ from typing import Any
 
 from sft.data.elements import object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
-from sft.data.messages import alpaca_user_text, as_list, fail, shared_message, text_of, to_message, to_tools
+from sft.data.messages import alpaca_user_text, as_list, fail, text_of, to_message, to_tools
 from sft.data.nulls import Found, clean_calls, clean_tools, comes_of_a_table, null_turns
 from sft.data.readers import Row
+from sft.data.rest import told
+from sft.data.rowkeys import LIST_KEYS, SYSTEM_NAMES, TOOLS_NAMES, Notes, is_empty, read_as_note
 from sft.errors import DataError
 from sft.types import Conversation, Message, Note, Passage, Sample
 
-LIST_KEYS = ("messages", "conversations", "conversation")
 KEYS_OF_FORMATS = {
     "messages": "messages (list of {role, content})",
     "sharegpt": "conversations (list of {from, value})",
@@ -107,27 +111,27 @@ def _is_shared(turns: Any) -> bool:
     return isinstance(first, dict) and "role" not in first and "from" in first
 
 
-def messages(row: Row) -> Conversation:
+def messages(row: Row, notes: Notes) -> Conversation:
     """OpenAI's chat format. A top-level `system` text goes before messages that have none."""
     key = next((key for key in LIST_KEYS if row.data.get(key) is not None), None)
     if key is None:
         raise fail(row.source, "messages", None, "a list of {role, content} is missing", _seen(row))
     turns = as_list(row.source, key, row.data[key])
-    found = [to_message(row.source, f"{key}[{i}]", turn) for i, turn in enumerate(turns)]
-    return _conversation(row, key, _with_system(row, found), turns)
+    found = [to_message(row.source, f"{key}[{i}]", turn, notes) for i, turn in enumerate(turns)]
+    return _conversation(row, key, _with_system(row, found, notes), notes, turns)
 
 
-def sharegpt(row: Row) -> Conversation:
+def sharegpt(row: Row, notes: Notes) -> Conversation:
     """`from` and `value`; the roles of SHAREGPT_ROLES, a function call being JSON text."""
     key = next((key for key in LIST_KEYS if row.data.get(key) is not None), None)
     if key is None:
         raise fail(row.source, "conversations", None, "a list of {from, value} is missing", _seen(row))
     turns = as_list(row.source, key, row.data[key])
-    found = [shared_message(row.source, f"{key}[{i}]", turn) for i, turn in enumerate(turns)]
-    return _conversation(row, key, _with_system(row, found), turns)
+    found = [to_message(row.source, f"{key}[{i}]", turn, notes) for i, turn in enumerate(turns)]
+    return _conversation(row, key, _with_system(row, found, notes), notes, turns)
 
 
-def alpaca(row: Row) -> Conversation:
+def alpaca(row: Row, notes: Notes) -> Conversation:
     """instruction, a blank line and input → user; output → assistant; `history` pairs before, `system` first."""
     for key in ("instruction", "output"):
         if row.data.get(key) is None:
@@ -143,10 +147,10 @@ def alpaca(row: Row) -> Conversation:
         found.append(Message("assistant", text_of(row.source, f"history[{i}][1]", pair[1])))
     found.append(Message("user", alpaca_user_text(row.source, row.data)))
     found.append(Message("assistant", text_of(row.source, "output", row.data["output"])))
-    return _conversation(row, "instruction", _with_system(row, found))
+    return _conversation(row, "instruction", _with_system(row, found, notes), notes)
 
 
-def prompt_completion(row: Row) -> Sample:
+def prompt_completion(row: Row, notes: Notes) -> Sample:
     """Two texts → Passage, joined as they are. Two lists of messages, or their JSON text → a conversation of which the
     completion is trained: messages of the prompt are its context."""
     for key in ("prompt", "completion"):
@@ -162,11 +166,11 @@ def prompt_completion(row: Row) -> Sample:
     completion = unzipped(completion)
     answers = [completion] if isinstance(completion, Mapping) else as_list(row.source, "completion", completion)
     asked = as_list(row.source, "prompt", prompt)
-    told = [to_message(row.source, f"prompt[{i}]", m) for i, m in enumerate(asked)]
-    found = [to_message(row.source, f"completion[{i}]", m) for i, m in enumerate(answers)]
+    given = [to_message(row.source, f"prompt[{i}]", m, notes) for i, m in enumerate(asked)]
+    found = [to_message(row.source, f"completion[{i}]", m, notes) for i, m in enumerate(answers)]
     if not any(m.role == "assistant" for m in found):
         raise fail(row.source, "completion", answers, "has no assistant message", "The completion is what is trained")
-    whole = _conversation(row, "prompt", _with_system(row, told + found), [*asked, *answers])
+    whole = _conversation(row, "prompt", _with_system(row, given + found, notes), notes, [*asked, *answers])
     return replace(whole, context=len(whole.messages) - len(found))
 
 
@@ -186,7 +190,7 @@ def _messages_of_text(source: str, where: str, value: Any) -> Any:
     return parsed if messages and parsed else value
 
 
-def text(row: Row) -> Passage:
+def text(row: Row, notes: Notes) -> Passage:
     """Plain text."""
     value = row.data.get("text")
     if value is None or value == "":
@@ -198,31 +202,52 @@ def _seen(row: Row) -> str:
     return f"The row's keys: {cut(', '.join(map(str, row.data)))}. Fill the field, or map a column to it with columns"
 
 
-def _with_system(row: Row, found: list[Message]) -> list[Message]:
-    system = row.data.get("system")
-    if system in (None, ""):
-        return found
-    content = text_of(row.source, "system", system)
-    if found and found[0].role in ("system", "developer"):
-        if found[0].content != content:
-            raise fail(row.source, "system", system, "differs from the first message, a system message", "Keep one")
-        return found
-    return [Message("system", content), *found]
+def _with_system(row: Row, found: list[Message], notes: Notes) -> list[Message]:
+    """The messages behind the system text that stands beside them, under whichever of its names."""
+    for key in SYSTEM_NAMES:
+        system = row.data.get(key)
+        if system in (None, ""):
+            continue
+        content = text_of(row.source, key, system)
+        if key != SYSTEM_NAMES[0]:
+            notes[key] = read_as_note(row.source, key, "system", system)
+        if not (found and found[0].role in ("system", "developer")):
+            found = [Message("system", content), *found]
+        elif found[0].content != content:
+            raise fail(row.source, key, system, "differs from the first message, a system message", "Keep one")
+    return found
 
 
-def _conversation(row: Row, key: str, found: list[Message], turns: Sequence[Any] = ()) -> Conversation:
+def _tools(row: Row, notes: Notes) -> tuple[tuple[Mapping[str, Any], ...], Any]:
+    """The tools of a row, under whichever of their names, and as the file holds them; where it has several, they must
+    be the same."""
+    made: tuple[Mapping[str, Any], ...] = ()
+    held: Any = None
+    for key in TOOLS_NAMES:
+        tools = row.data.get(key)
+        if is_empty(tools):
+            continue
+        found = to_tools(row.source, tools)
+        if made and found != made:
+            raise fail(row.source, key, tools, "differs from the tools beside it", "Keep one of them")
+        if key != TOOLS_NAMES[0]:
+            notes[key] = read_as_note(row.source, key, "tools", tools)
+        made, held = found, tools
+    return made, held
+
+
+def _conversation(
+    row: Row, key: str, found: list[Message], notes: Notes, turns: Sequence[Any] = ()
+) -> Conversation:  # fmt: skip
     """`turns`: the last of the messages, as the file holds them."""
     if not any(m.role == "assistant" for m in found):
         roles = ", ".join(m.role for m in found[:6])
         raise fail(row.source, key, None, f"no assistant message among {roles}", "There is nothing to train on")
-    tools = row.data.get("tools")
-    if tools is None:
-        tools = row.data.get("functions")
-    whole = Conversation(tuple(found), row.source, to_tools(row.source, tools) if tools else ())
-    return _without_foreign_nulls(whole, tools, turns)
+    made, tools = _tools(row, notes)
+    return _without_foreign_nulls(Conversation(tuple(found), row.source, made), tools, turns, notes)
 
 
-def _without_foreign_nulls(whole: Conversation, tools: Any, turns: Sequence[Any]) -> Conversation:
+def _without_foreign_nulls(whole: Conversation, tools: Any, turns: Sequence[Any], notes: Notes) -> Conversation:
     """`tools` and `turns` as the file holds them: what was JSON text there has no nulls but its own."""
     of_table, nulls = comes_of_a_table(tools), null_turns(turns)
     if not (of_table or nulls):
@@ -233,12 +258,14 @@ def _without_foreign_nulls(whole: Conversation, tools: Any, turns: Sequence[Any]
     for turn in nulls:
         message = messages[first + turn]
         messages[first + turn] = replace(message, extra=clean_calls(message, cleaned, of_table, found))
-    said = (
+    told_of = (
         ("foreign_nulls", "nulls of a table's other rows are left out", found.left_out),
         ("nulls_kept", "null arguments of tool calls that no schema decides about are kept", found.unsure),
     )
-    notes = [Note(whole.source, "altered", why, f"{what}: {_named(names)}") for why, what, names in said if names]
-    return replace(whole, messages=tuple(messages), tools=cleaned, notes=tuple(notes))
+    for why, what, names in told_of:
+        if names:
+            notes[why] = Note(whole.source, "altered", why, f"{what}: {_named(names)}")
+    return replace(whole, messages=tuple(messages), tools=cleaned)
 
 
 def _named(names: Sequence[str], most: int = 6) -> str:
@@ -246,10 +273,16 @@ def _named(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(each[:most]) + (f" and {len(each) - most} more" if len(each) > most else "")
 
 
+def _whole(name: str, read: Callable[[Row, Notes], Sample]) -> Callable[[Row], Sample]:
+    """A format's function, which reads what it knows, and then the account of the row's other keys."""
+
+    def read_row(row: Row) -> Sample:
+        notes: Notes = {}
+        return told(row, name, read(row, notes), notes)
+
+    return read_row
+
+
 FORMATS: dict[str, Callable[[Row], Sample]] = {
-    "messages": messages,
-    "sharegpt": sharegpt,
-    "alpaca": alpaca,
-    "prompt_completion": prompt_completion,
-    "text": text,
+    read.__name__: _whole(read.__name__, read) for read in (messages, sharegpt, alpaca, prompt_completion, text)
 }

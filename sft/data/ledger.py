@@ -15,6 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.folding import Folded
+from sft.data.rowkeys import cure_of
 from sft.data.store import StoreWriter
 from sft.errors import DataError
 from sft.types import Note
 
+MOST_KEYS = 200
+"""Key paths of one source that are told one by one; rows whose keys are data would have millions."""
+OTHER_KEYS = "(further keys)"
 _LINE = re.compile(r":(?:row )?(\d+)(?:\[\d+\])?(?:#\d+)?$")
 
 
+@dataclass
+class ToldKey:
+    """A key path that was not read, or read under another name: its first row, and how many have it."""
+
+    first: Note
+    rows: int = 0
+
+
 class Ledger:
-    """Counts what comes, and writes each note as one line of JSON."""
+    """Counts what comes, and writes each note as one line of JSON. Of keys, one line a key path and source."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
@@ -44,6 +57,8 @@ class Ledger:
         self._codes: dict[tuple[str, str], int] = {}  # (action, reason) of kept rows → number
         self._noted_conversations = array("q")
         self._noted_codes = array("i")
+        self.keys: dict[tuple[int, str, str], ToldKey] = {}  # (origin, action, reason)
+        self._num_keys: Counter[int] = Counter()  # by origin
 
     def refuse(self, note: Note, origin: int) -> None:
         """A row that `data.on_bad_row` decides about."""
@@ -63,7 +78,16 @@ class Ledger:
         self._noted_codes.append(code)
         self._write(note)
 
-    def _write(self, note: Note) -> None:
+    def tell(self, note: Note, origin: int) -> None:
+        """A key of a kept row that nothing reads, or that was read under another name."""
+        key = (origin, note.action, note.reason)
+        if key not in self.keys:
+            if self._num_keys[origin] >= MOST_KEYS:
+                key = (origin, note.action, OTHER_KEYS)
+            self._num_keys[origin] += 1
+        self.keys.setdefault(key, ToldKey(note)).rows += 1
+
+    def _write(self, note: Note, **more: int) -> None:
         line = _LINE.search(note.source)
         entry = {
             "source": note.source,
@@ -71,12 +95,15 @@ class Ledger:
             "action": note.action,
             "reason": note.reason,
             "detail": note.detail,
+            **more,
         }
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Flushes to the disk. May be called again."""
         if not self._file.closed:
+            for (_, _, reason), told in self.keys.items():
+                self._write(Note(told.first.source, told.first.action, reason, told.first.detail), rows=told.rows)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -111,6 +138,11 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
     cures = ["raise data.max_tokens, or set data.over_long: drop or truncate"] if ledger.num_refused_long else []
     if ledger.num_refused > ledger.num_refused_long:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
+    if any("unread" in reasons for reasons in ledger.dropped.values()):
+        cures.append(
+            "a key that nothing reads: map it (columns: {theirs: ours}), leave it out (columns: {theirs: null}), or "
+            "set data.unread: report"
+        )
     told = "; ".join(cures)
     error = DataError(
         f"{ledger.num_refused:,} bad row{'s' if ledger.num_refused > 1 else ''} of {sum(ledger.rows.values()):,}:\n"
@@ -196,6 +228,27 @@ def account(
     whole["by_source"] = by_source
     whole["length_histogram"] = histogram(lengths_E[mask_C[conversation_E]])
     return whole
+
+
+def told_keys(ledger: Ledger, paths: Sequence[str], origin_C: NDArray[np.int32]) -> dict[str, list[dict[str, Any]]]:
+    """`{"unread": …, "read_as": …}`: a key path of a source each, with the number and share of its kept rows, the first
+    of them (`at`) and an excerpt of its value. `origin_C`: the source of each kept row."""
+    kept = Counter(origin_C.tolist())
+    found: dict[str, list[dict[str, Any]]] = {"unread": [], "read_as": []}
+    for (origin, action, reason), told in sorted(ledger.keys.items(), key=lambda item: (item[0][0], -item[1].rows)):
+        path, _, ours = reason.rpartition(" as ") if action == "read_as" else (reason, "", "")
+        found[action].append(
+            {
+                "key": path or reason,
+                "rows": told.rows,
+                "share": told.rows / max(1, kept[origin]),
+                "source": paths[origin],
+                "example": told.first.detail,
+                "at": told.first.source,
+                **({"cure": cure_of(reason)} if action == "unread" else {"read_as": ours}),
+            }
+        )
+    return found
 
 
 def histogram(lengths_E: NDArray[np.int32], bars: int = 20) -> list[dict[str, Any]]:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.advice import kept_nulls, unread_template
+from sft.advice import columns_read_as, columns_unread, kept_nulls, unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
-from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops
+from sft.data.ledger import Ledger, account, refuse_bad_rows, refuse_many_drops, told_keys
 from sft.data.outcome import EncodeSettings
 from sft.data.pipeline import Dealer, EncodedBatch, RowBatch, encode_stream
 from sft.data.samples import Picks, pick_samples
@@ -80,7 +80,9 @@ def prepare(
                 _build(path, data, bundle, settings, workers, say)
     prepared = open_prepared(path, repeats)
     _say_result(prepared, say)
-    for line in chain(unread_template(data, prepared.report), kept_nulls(prepared.report)):
+    report = prepared.report
+    advice = (unread_template(data, report), kept_nulls(report), columns_read_as(report), columns_unread(report))
+    for line in chain(*advice):
         say(line)
     return prepared
 
@@ -92,6 +94,7 @@ def encode_settings(data: Data) -> EncodeSettings:
         over_long=data.over_long,
         control_tokens_in_text=data.control_tokens_in_text,
         template_args=data.template_args,
+        unread=data.unread,
     )
 
 
@@ -184,6 +187,7 @@ def _build(
             report = account(writer, ledger, paths, trained, "train", formats[1])
             scored = account(writer, ledger, paths, own_eval or trained, "eval", formats[1])
             report["eval"] = scored if scored["kept"] else None
+            report.update(told_keys(ledger, paths, writer.read("origins")))
             report["formats"] = formats[0]
             report["templated"] = ledger.templated
             report["stop_tokens"] = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
@@ -251,7 +255,9 @@ def _store(
     conversations = dict(zip(kept.tolist(), range(first, first + len(kept)), strict=True))
     gone: set[int] = set()
     for row, note in encoded.notes:
-        if row in conversations:
+        if note.action in ("unread", "read_as"):
+            ledger.tell(note, batch.origin)
+        elif row in conversations:
             ledger.keep(note, conversations[row])
         elif row not in gone and note.action in ("refused", "dropped"):
             gone.add(row)

@@ -14,6 +14,23 @@ from typing import Any, cast
 
 from sft.data.elements import call_text, object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
+from sft.data.rowkeys import (
+    FLAGS,
+    ONLY_TEXT,
+    OWN_FLAGS,
+    REASONING_NAMES,
+    Notes,
+    as_weight,
+    flag_refused,
+    is_bookkeeping,
+    path_of,
+    read_as_note,
+    refuse_masks,
+    refuse_media,
+    turn_keys,
+    unread_note,
+    yes_or_no,
+)
 from sft.errors import DataError, did_you_mean
 from sft.types import Message, Role
 
@@ -29,7 +46,8 @@ SHAREGPT_ROLES: dict[str, str] = {
 """Their role → ours; `call`: an assistant message whose value is a function call as JSON text."""
 MAX_DEPTH = 64
 """Of tools and tool calls; templates print them with recursion."""
-_OWN = frozenset(("role", "content", "train", "weight", "tool_calls", "function_call", "from", "value"))
+_INSTEAD_OF_CONTENT = ("tool_calls", *REASONING_NAMES)
+_OF_A_CALL = frozenset(("name", "arguments", "parameters"))
 
 
 def fail(source: str, where: str, value: object, problem: str, cure: str) -> DataError:
@@ -73,10 +91,10 @@ def text_of(source: str, where: str, value: Any) -> str:
     return value
 
 
-def content_of(source: str, where: str, value: Any) -> str:
-    """The text of a message; a list of `{"type": "text", "text": …}` is joined."""
+def content_of(source: str, where: str, value: Any, notes: Notes) -> str:
+    """The text of a message; a list of `{"type": "text", "text": …}` is joined. Other keys of a part are noted."""
     if isinstance(value, list):
-        value = "".join(_part(source, f"{where}[{i}]", part) for i, part in enumerate(value))
+        value = "".join(_part(source, f"{where}[{i}]", part, notes) for i, part in enumerate(value))
     return text_of(source, where, value)
 
 
@@ -92,49 +110,140 @@ def _check_utf8(source: str, where: str, value: str) -> None:
         ) from None  # fmt: skip
 
 
-def _part(source: str, where: str, part: Any) -> str:
+def _part(source: str, where: str, part: Any, notes: Notes) -> str:
     part = opened(source, where, part)
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise fail(source, where, part, "expected {type: text, text: …}", "Only text can be trained")
+        raise fail(source, where, part, "expected {type: text, text: …}", ONLY_TEXT)
+    if len(part) > 1 + ("type" in part):
+        beside = {key: value for key, value in part.items() if key not in ("type", "text") and value is not None}
+        refuse_masks(source, f"{where}.", beside, tuple(key for key in beside if key in FLAGS))
+        _note_beside(source, where, beside, notes)
     return cast(str, part["text"])
 
 
-def to_message(source: str, where: str, turn: Any) -> Message:
-    """One message of OpenAI's chat format."""
+def _note_beside(source: str, where: str, beside: Mapping[str, Any], notes: Notes) -> None:
+    """Notes values that stand beside what is read."""
+    for key, value in beside.items():
+        path = f"{path_of(where)}.{key}"
+        if value is not None and not is_bookkeeping(path, value):
+            notes.setdefault(path, unread_note(source, path, value))
+
+
+def to_message(source: str, where: str, turn: Any, notes: Notes) -> Message:
+    """One message of OpenAI's chat format, of ShareGPT's, or of both mixed. What its keys need told goes to `notes`."""
     turn = opened(source, where, turn)
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {role, content}")
+    keys = turn_keys(tuple(turn))
+    if keys.shared:
+        turn = _in_our_spelling(source, where, turn)
+        keys = turn_keys(tuple(turn))  # the thoughts of a call are a key more
     role = turn.get("role")
     if role not in ROLES:
         raise _unknown_role(source, where, role, turn)
-    calls = turn.get("tool_calls") or turn.get("function_call")
-    extra: dict[str, Any] = {}
-    if calls:
-        if role != "assistant":
-            raise fail(source, f"{where}.tool_calls", calls, f"on a {role} message", "Only the assistant calls tools")
-        extra["tool_calls"] = _to_calls(source, f"{where}.tool_calls", calls)
-    if len(turn) > 2:
-        for key, value in turn.items():
-            if key not in _OWN and value is not None:
-                extra[key] = _plain(source, f"{where}.{key}", value)
+    extra = _calls_of(source, where, turn, notes)
+    for key in keys.extra:
+        if turn[key] is not None:
+            extra[key] = _plain(source, f"{where}.{key}", turn[key])
     content = turn.get("content")
-    if content is None and (extra.get("tool_calls") or extra.get("reasoning_content") or extra.get("thinking")):
+    if content is None and any(extra.get(key) for key in _INSTEAD_OF_CONTENT):
         content = ""
     elif role == "tool" and isinstance(content, Mapping):
         content = json.dumps(_plain(source, f"{where}.content", content), ensure_ascii=False)
-    return Message(
-        cast(Role, role),
-        content_of(source, f"{where}.content", content),
-        extra,
-        _train(source, where, turn.get("train")),
-        _weight(source, where, turn.get("weight")),
-    )
+    name = f"{where}.{'value' if keys.shared and 'value' in turn else 'content'}"
+    text = content_of(source, name, content, notes)
+    if not (keys.flags or keys.media or keys.masks):
+        return Message(cast(Role, role), text, extra)
+    refuse_media(source, f"{where}.", turn, keys.media)
+    refuse_masks(source, f"{where}.", turn, keys.masks)
+    train, weight = _flags(source, where, turn, keys.flags, role, notes)
+    return Message(cast(Role, role), text, extra, train, weight)
+
+
+def _calls_of(source: str, where: str, turn: Mapping[str, Any], notes: Notes) -> dict[str, Any]:
+    """`{"tool_calls": […]}` of a message, or nothing."""
+    calls, older = turn.get("tool_calls"), turn.get("function_call")
+    if not calls and not older:
+        return {}
+    if turn["role"] != "assistant":
+        shown = calls or older
+        raise fail(
+            source, f"{where}.tool_calls", shown, f"on a {turn['role']} message", "Only the assistant calls tools"
+        )
+    found = _to_calls(source, f"{where}.tool_calls", calls or older, notes)
+    if calls and older and _to_calls(source, f"{where}.function_call", older, {}) != found:
+        raise fail(source, f"{where}.function_call", older, "differs from tool_calls beside it", "Keep one")
+    return {"tool_calls": found}
+
+
+def _in_our_spelling(source: str, where: str, turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message that has `from` or `value`, with role, content and tool calls instead; with both spellings, they must
+    say the same. `value` stays, for error messages."""
+    speaker, role = turn.get("from"), turn.get("role")
+    name, told = ("role", role) if speaker is None and role is not None else ("from", speaker)
+    ours = SHAREGPT_ROLES.get(told.lower()) if isinstance(told, str) else None
+    if ours is None:
+        hint = did_you_mean(told.lower(), SHAREGPT_ROLES) if isinstance(told, str) else ""
+        problem = "is missing" if told is None else "unknown speaker"
+        raise fail(source, f"{where}.{name}", told, problem, f"Known: {', '.join(SHAREGPT_ROLES)}.{hint}")
+    if role is not None and role != speaker:
+        meant = SHAREGPT_ROLES.get(role.lower()) if isinstance(role, str) else None
+        if meant != ours and (meant, ours) != ("assistant", "call"):
+            raise fail(
+                source, f"{where}.from", speaker, f"is not the role beside it, '{cut(role)}'", "Keep one of them"
+            )
+    value, content = turn.get("value"), turn.get("content")
+    if value not in (None, "") and content not in (None, "", value):
+        raise fail(source, f"{where}.value", value, "differs from content beside it", "Keep one of them")
+    value = content if value is None or (value == "" and content is not None) else value
+    if ours != "call":
+        return {**turn, "role": ours, "content": value}
+    if isinstance(value, str):
+        return {**turn, "role": "assistant", **_called_in_text(source, f"{where}.value", value)}
+    return {**turn, "role": "assistant", "content": None, "tool_calls": value or turn.get("tool_calls")}
+
+
+def _flags(
+    source: str, where: str, turn: Mapping[str, Any], keys: tuple[str, ...], role: str, notes: Notes
+) -> tuple[bool | None, float]:
+    """(train, weight) of a message, from our flags and those of other trainers, which must agree."""
+    train: bool | None = None
+    weight: float | None = None
+    for key in keys:
+        value, means = turn[key], FLAGS[key]
+        if value is None:
+            continue
+        name = f"{where}.{key}"
+        found = as_weight(value) if means == "weight" else yes_or_no(value)
+        if found is None:
+            raise flag_refused(source, name, value, means)
+        if means == "untrained":
+            found = not found
+        if key not in OWN_FLAGS:
+            if role != "assistant" and found:
+                cure = f"Only assistant turns are trained: take {key} off it, or set it to {_off(means)}"
+                raise fail(source, name, value, f"asks to train a {role} message", cure)
+            path = path_of(name)
+            ours = "weight" if means == "weight" else "train" if means == "train" else "train, turned about"
+            notes.setdefault(path, read_as_note(source, path, ours, value))
+        before = weight if means == "weight" else train
+        if before is not None and before != found:
+            raise fail(source, name, value, "contradicts another flag of the message", "Keep one of them")
+        if means == "weight":
+            weight = float(found)
+        else:
+            train = bool(found)
+    return train, 1.0 if weight is None else weight
+
+
+def _off(means: str) -> str:
+    return {"weight": "0", "untrained": "true"}.get(means, "false")
 
 
 def _unknown_role(source: str, where: str, role: Any, turn: Mapping[str, Any]) -> DataError:
     if role is None:
-        cure = "Set format: sharegpt for {from, value}" if "from" in turn else f"Give one of {', '.join(ROLES)}"
+        cure = f"Give one of {', '.join(ROLES)}"
         return fail(source, f"{where}.role", None, f"is missing, the keys are {cut(', '.join(turn))}", cure)
     if not isinstance(role, str):
         return fail(source, f"{where}.role", role, f"is {name_of(role)}", f"Give one of {', '.join(ROLES)}")
@@ -142,28 +251,6 @@ def _unknown_role(source: str, where: str, role: Any, turn: Mapping[str, Any]) -
     ours = "assistant with tool_calls" if ours == "call" else ours
     hint = f" Did you mean '{ours}'?" if ours else did_you_mean(role.lower(), ROLES)
     return fail(source, f"{where}.role", role, "unknown role", f"Known: {', '.join(ROLES)}.{hint}")
-
-
-def shared_message(source: str, where: str, turn: Any) -> Message:
-    """One message of ShareGPT's format. Keys beside `from` and `value` are treated as in the chat format."""
-    turn = opened(source, where, turn)
-    if not isinstance(turn, Mapping):
-        raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {from, value}")
-    speaker = turn.get("from")
-    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
-        hint = did_you_mean(speaker.lower(), SHAREGPT_ROLES) if isinstance(speaker, str) else ""
-        problem = "is missing" if speaker is None else "unknown speaker"
-        raise fail(source, f"{where}.from", speaker, problem, f"Known: {', '.join(SHAREGPT_ROLES)}.{hint}")
-    value = turn.get("value")
-    if role == "call":
-        said: dict[str, Any] = {"content": None, "tool_calls": value}
-        if isinstance(value, str):
-            said = _called_in_text(source, f"{where}.value", value)
-        return to_message(source, where, {**turn, **said, "role": "assistant"})
-    if not isinstance(value, (str, list)) and not (role == "tool" and isinstance(value, Mapping)):
-        text_of(source, f"{where}.value", value)  # raises, naming their field
-    return to_message(source, where, {**turn, "role": role, "content": value})
 
 
 def _called_in_text(source: str, where: str, value: str) -> dict[str, Any]:
@@ -177,15 +264,15 @@ def _called_in_text(source: str, where: str, value: str) -> dict[str, Any]:
     return {"content": found.content or None, "tool_calls": calls, **reasoning}
 
 
-def _to_calls(source: str, where: str, calls: Any) -> list[dict[str, Any]]:
+def _to_calls(source: str, where: str, calls: Any, notes: Notes) -> list[dict[str, Any]]:
     if isinstance(calls, str):
         calls = _parsed(source, where, calls)
     calls = unzipped(calls)
     calls = [calls] if isinstance(calls, Mapping) else as_list(source, where, calls)
-    return [_to_call(source, f"{where}[{i}]", call) for i, call in enumerate(calls)]
+    return [_to_call(source, f"{where}[{i}]", call, notes) for i, call in enumerate(calls)]
 
 
-def _to_call(source: str, where: str, call: Any) -> dict[str, Any]:
+def _to_call(source: str, where: str, call: Any, notes: Notes) -> dict[str, Any]:
     call = opened(source, where, call)
     function = opened(source, f"{where}.function", call.get("function", call)) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -200,6 +287,14 @@ def _to_call(source: str, where: str, call: Any) -> dict[str, Any]:
         raise fail(source, f"{where}.function.arguments", arguments, problem, "Expected an object, or its JSON text")
     made = {"name": text_of(source, f"{where}.function.name", function["name"])}
     beside = {} if call is function else {key: v for key, v in call.items() if key != "function" and v is not None}
+    within = {key: v for key, v in function.items() if key not in _OF_A_CALL}
+    if call is function:  # a call without the wrapper, whose id belongs on it
+        beside = {key: v for key, v in (("id", within.pop("id", None)),) if v is not None}
+        within.pop("type", None)
+    if function.get("arguments") is not None and function.get("parameters") not in (None, function["arguments"]):
+        within["parameters"] = function["parameters"]
+    if within:
+        _note_beside(source, where if call is function else f"{where}.function", within, notes)
     rest = cast("dict[str, Any]", _plain(source, where, beside))
     called = {**made, "arguments": _plain(source, f"{where}.function.arguments", arguments)}
     return {"type": "function", **rest, "function": called}
@@ -267,20 +362,6 @@ def _plain(source: str, where: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     raise fail(source, where, value, f"is {name_of(value)}", "Only text, numbers, lists and objects can be rendered")
-
-
-def _train(source: str, where: str, value: Any) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    raise fail(source, f"{where}.train", value, f"is {name_of(value)}", "Write true or false")
-
-
-def _weight(source: str, where: str, value: Any) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise fail(source, f"{where}.weight", value, "is no weight", "Write a number from 0 on, e.g. 0.5")
-    return float(value)
 
 
 def alpaca_user_text(source: str, data: Mapping[str, Any]) -> str:

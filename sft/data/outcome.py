@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
+from sft.data.rowkeys import is_bookkeeping
 from sft.types import Example, Note, Rendered
+
+_OF_KEYS = ("unread", "read_as")
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class EncodeSettings:
     over_long: str = "drop"
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    unread: str = "report"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,27 @@ def too_long(source: str, tokens: int, settings: EncodeSettings) -> Encoded:
     if settings.over_long == "error":
         return Encoded((), (Note(source, "refused", "over_long", detail),))
     return Encoded((), (Note(source, "dropped", "over_long", detail),))
+
+
+def with_notes(encoded: Encoded, notes: tuple[Note, ...], settings: EncodeSettings) -> Encoded:
+    """The outcome of a row with what is to be said of its keys: `notes`, those of its sample.
+
+    Notes of unread keys come one a path and never of bookkeeping; with data.unread: error the row is refused for them.
+    """
+    if not encoded.examples or not (notes or encoded.notes):
+        return encoded
+    told = {(note.action, note.reason): note for note in notes}
+    others = []
+    for note in encoded.notes:
+        if note.action not in _OF_KEYS:
+            others.append(note)
+        elif note.action == "read_as" or not is_bookkeeping(note.reason, note.detail):
+            told.setdefault((note.action, note.reason), note)
+    unread = [note for note in told.values() if note.action == "unread"]
+    if unread and settings.unread == "error":
+        said = ", ".join(f"{note.reason} = {note.detail}" for note in unread)
+        return Encoded((), (Note(unread[0].source, "refused", "unread", f"nothing reads {said}"),))
+    return Encoded(encoded.examples, (*others, *told.values()))
 
 
 def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:

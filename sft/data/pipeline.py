@@ -98,8 +98,6 @@ def encode_batch(encoder: ManyEncoder, batch: RowBatch) -> EncodedBatch:
         notes.extend((index, note) for note in result.notes)
         examples_R[index] = len(result.examples)
         if result.examples:
-            if isinstance(sample, Conversation):
-                notes.extend((index, note) for note in sample.notes)
             hashes[index] = content_hash(sample)
             examples.extend(result.examples)
     return EncodedBatch(
@@ -259,7 +257,7 @@ class Dealer:
     def read(self, source: Source, origin: int, most: int | None = None) -> Iterator[RowBatch]:
         """The rows of the config's source number `origin`, at most so many."""
         rows = itertools.islice(read_rows(place_of(source)), most)
-        return self.deal(rows, origin, source.format, set(source.columns.values()))
+        return self.deal(rows, origin, source.format, {ours for ours in source.columns.values() if ours is not None})
 
     def deal(
         self, rows: Iterable[Row | BadRow], origin: int, wanted: str, mapped: Collection[str] = ()

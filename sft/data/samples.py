@@ -95,6 +95,7 @@ def sample_record(sample: Sample, ids_T: NDArray[np.int32], encoder: Encoder) ->
     `ids_T`: the row's last example, which begins with that prompt; if it does not, as under `train_on: all` where a
     template renders history otherwise within a prompt, the row is no sample.
     """
+    sample = encoder.named(sample)
     last = _last_trained(sample) if isinstance(sample, Conversation) else 0
     if last is None:
         return None

@@ -48,7 +48,7 @@ class Place:
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     limit: int | None = None
 
 
@@ -64,12 +64,14 @@ def read_rows(place: Place | str) -> Rows:
     """
     place = Place(place) if isinstance(place, str) else place
     columns = place.columns
-    twice = sorted({ours for ours in columns.values() if list(columns.values()).count(ours) > 1})
+    named = [ours for ours in columns.values() if ours is not None]
+    twice = sorted({ours for ours in named if named.count(ours) > 1})
     if twice:
         raise DataError(f"columns: two columns are mapped to '{twice[0]}': {dict(columns)}. Map one of them")
     files = source_files(place.path, place.split, place.subset)
     if files:
-        rows: Rows = itertools.chain.from_iterable(read_file(file, _shown(file), columns) for file in files)
+        names = {theirs: ours or theirs for theirs, ours in columns.items()}
+        rows: Rows = itertools.chain.from_iterable(read_file(file, _shown(file), names) for file in files)
     else:
         rows = _read_hub(place)
     return itertools.islice(_renamed(rows, columns, place.path), place.limit)
@@ -153,8 +155,9 @@ def _nearest(path: Path) -> str:
     return f" Did you mean '{path.parent / near[0]}'?" if near else " Check data.train[].path"
 
 
-def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
-    """The rows with columns renamed, in place of a namesake where a row has both. The first rows must have them all."""
+def _renamed(rows: Rows, columns: Mapping[str, str | None], path: str) -> Rows:
+    """The rows with columns renamed, in place of a namesake where a row has both; without those that are mapped to
+    null. The first rows must have them all."""
     if not columns:
         yield from rows
         return
@@ -169,7 +172,7 @@ def _renamed(rows: Rows, columns: Mapping[str, str], path: str) -> Rows:
             )
     for row in itertools.chain(head, rows):
         if isinstance(row, Row):
-            renamed = {columns[key]: value for key, value in row.data.items() if key in columns}
+            renamed = {ours: value for key, value in row.data.items() if (ours := columns.get(key)) is not None}
             kept = {key: value for key, value in row.data.items() if key not in renamed and key not in columns}
             yield Row(row.source, {**kept, **renamed}, row.size)
         else:
