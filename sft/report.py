@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,12 +75,17 @@ def run_page(folder: Path) -> str:
         changes=[mask_secrets(told(change)) for change in changes_of(events)],
         samples=samples_by_prompt(events),
         report=data,
-        notes=list(islice(_json_lines(run.data_report), MOST_NOTES + 1)),
+        notes=list(islice(_notes_of_rows(run.data_report), MOST_NOTES + 1)),
         most_notes=MOST_NOTES,
         config=by_section(config),
         environment=list(flatten(environment)),
         data={"curves": curves(events), "histogram": (data or {}).get("length_histogram", [])},
     )
+
+
+def _notes_of_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What became of rows; keys that nothing reads, or under another name, have a table of their own."""
+    return (note for note in _json_lines(path) if note.get("action") not in ("unread", "read_as"))
 
 
 # Curves -------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def to_message(source: str, where: str, turn: Any, notes: Notes) -> Message:
     role = turn.get("role")
     if role not in ROLES:
         raise _unknown_role(source, where, role, turn)
-    extra = _calls_of(source, where, turn, notes)
+    extra = _calls_of(source, where, turn, notes) if keys.calls or keys.shared else {}
     for key in keys.extra:
         if turn[key] is not None:
             extra[key] = _plain(source, f"{where}.{key}", turn[key])
@@ -151,8 +151,11 @@ def to_message(source: str, where: str, turn: Any, notes: Notes) -> Message:
         content = ""
     elif role == "tool" and isinstance(content, Mapping):
         content = json.dumps(_plain(source, f"{where}.content", content), ensure_ascii=False)
-    name = f"{where}.{'value' if keys.shared and 'value' in turn else 'content'}"
-    text = content_of(source, name, content, notes)
+    if isinstance(content, str) and content.isascii():  # nearly always; the rest is the way of content_of
+        text = content
+    else:
+        name = f"{where}.{'value' if keys.shared and 'value' in turn else 'content'}"
+        text = content_of(source, name, content, notes)
     if not (keys.flags or keys.media or keys.masks):
         return Message(cast(Role, role), text, extra)
     refuse_media(source, f"{where}.", turn, keys.media)

@@ -61,15 +61,16 @@ def _list_read(row: Row, name: str) -> str:
 
 def _note_unread(row: Row, key: str, value: Any, sample: Sample, notes: Notes) -> None:
     """Notes a key that nothing reads, unless it says nothing or repeats a text of the example."""
-    if is_empty(value) or (isinstance(value, str) and value.strip() in _texts(sample)):
+    if is_empty(value) or (isinstance(value, str) and _repeats(sample, value.strip())):
         return
     notes.setdefault(key, unread_note(row.source, key, value))
 
 
-def _texts(sample: Sample) -> set[str]:
+def _repeats(sample: Sample, value: str) -> bool:
+    """Whether a value is one of the texts of the example, blanks around it aside."""
     if isinstance(sample, Conversation):
-        return {message.content.strip() for message in sample.messages}
-    return {sample.prompt.strip(), sample.completion.strip()}
+        return any(value in message.content and value == message.content.strip() for message in sample.messages)
+    return value in (sample.prompt.strip(), sample.completion.strip())
 
 
 def _flagged(row: Row, key: str, value: Any, sample: Sample, notes: Notes) -> Sample:

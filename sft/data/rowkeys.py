@@ -125,6 +125,7 @@ class TurnKeys:
     """What the keys of a message mean: `extra` are those that a template may read."""
 
     shared: bool
+    calls: bool
     flags: tuple[str, ...]
     media: tuple[str, ...]
     masks: tuple[str, ...]
@@ -137,6 +138,7 @@ def turn_keys(keys: tuple[str, ...]) -> TurnKeys:
     rest = [key for key in keys if key not in _OWN_OF_TURNS]
     return TurnKeys(
         "from" in keys or "value" in keys,
+        "tool_calls" in keys or "function_call" in keys,
         tuple(key for key in rest if key in FLAGS),
         tuple(key for key in rest if key in MEDIA),
         tuple(key for key in rest if key in MASKS_WITHIN),
@@ -210,12 +212,19 @@ def path_of(where: str) -> str:
 
 def unread_note(source: str, path: str, value: Any) -> Note:
     """Says that nothing reads the value under a key path."""
-    return Note(source, "unread", path, cut(value))
+    return Note(source, "unread", path, excerpt(value))
 
 
 def read_as_note(source: str, path: str, ours: str, value: Any) -> Note:
     """Says that a key was read under one of our names. Its reason is `path as ours`."""
-    return Note(source, "read_as", f"{path} as {ours}", cut(value))
+    return Note(source, "read_as", f"{path} as {ours}", excerpt(value))
+
+
+def excerpt(value: Any) -> str:
+    """`cut`, but fast for the short values that most columns hold."""
+    if isinstance(value, str) and len(value) <= 80 and value.isascii() and value.isprintable():
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else cut(value)
 
 
 def is_bookkeeping(path: str, value: Any = None) -> bool:
