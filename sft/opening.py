@@ -10,12 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-import numpy as np
-=======
-import torch
->>>>>>> w3-formats
-
 from sft import liger
 from sft.accelerator import is_sharded_launch
 from sft.checkpoint import find_resumable
