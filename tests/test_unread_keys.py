@@ -358,8 +358,8 @@ def lost(row: dict[str, Any], rendered: str, notes: tuple[Note, ...]) -> list[st
     named = {note.reason.partition(" as ")[0] for note in notes if note.action in ("unread", "read_as")}
     found = []
     for where, text in leaves(row):
-        path = path_of(where)
-        above = [path[:end] for end in range(1, len(path) + 1) if path[end : end + 1] in ("", ".", "[")]
+        paths = (path_of(where), where)  # `prompt` may be a list of messages, or a column that nobody reads
+        above = [p[:end] for p in paths for end in range(1, len(p) + 1) if p[end : end + 1] in ("", ".", "[")]
         known = any(step in named or is_bookkeeping(step) for step in above)
         if text not in ("user", "assistant", "human", "text", "function", "f") and text not in rendered and not known:
             found.append(where)
