@@ -118,7 +118,8 @@ def test_what_another_day_s_prompt_holds_is_what_a_stranger_gets_then(tmp_path: 
     from sft.serving import LATER, pinned
     from sft.templating import pin_clock
 
-    head = "{{ 'Yes ' + ['one', 'two', 'three', 'four', 'five', 'six'][(strftime_now('%d') | int) % 10] + ' No' }}"
+    head = "{% set words = ['one', 'two', 'three', 'four', 'five'] %}"  # a word for every day there is
+    head += "{{ 'Yes ' + words[(strftime_now('%d') | int) % 5] + ' No' }}"
     dated = make_chain_model(tmp_path, template=head + CHATML)
     began = datetime(2024, 7, 5, 23, 59)
     tokenizer = AutoTokenizer.from_pretrained(dated)
@@ -134,7 +135,7 @@ def test_what_another_day_s_prompt_holds_is_what_a_stranger_gets_then(tmp_path: 
     served = then.apply_chat_template(trained["messages"], **ask)
     assert served != trained["prompt_ids"]
     assert result["another_day"] == {
-        "date": "2025-08-11", "differ": 2, "trained": "Yes six No", "served": "Yes two No"
+        "date": "2025-08-11", "differ": 2, "trained": "Yes one No", "served": "Yes two No"
     }  # fmt: skip
     assert then.decode(served).startswith("Yes two No<|im_start|>user")
 
