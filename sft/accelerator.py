@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from sft.config import Config
 from sft.devices import training_device
-from sft.errors import ConfigError, DeviceError
+from sft.needed import is_sharded_launch
 from sft.watchdog import STALL_SECONDS
 
 if TYPE_CHECKING:
@@ -25,18 +24,18 @@ GROUP_TIMEOUT = timedelta(seconds=6 * STALL_SECONDS)
 def make_accelerator(config: Config, run_dir: Path) -> Any:
     """The process group and devices as the launcher set them up; every choice that matters here is passed by hand."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        FullyShardedDataParallelPlugin,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
 
-    for tracker in config.log.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise ConfigError(
-                f"log.trackers: {tracker} is not installed. Install it (pip install {tracker}) or drop it."
-            )
     return Accelerator(
         # Without this, accelerate overlooks the ranks of a launch on a machine without GPUs.
         cpu=training_device().type == "cpu",
         mixed_precision="no",  # autocast is the trainee's
-        fsdp_plugin=sharding(config) if is_sharded_launch() else None,
+        fsdp_plugin=FullyShardedDataParallelPlugin() if is_sharded_launch() else None,
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would divide gradients behind our back.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
@@ -46,21 +45,6 @@ def make_accelerator(config: Config, run_dir: Path) -> Any:
         log_with=list(config.log.trackers) or None,
         project_dir=str(run_dir),
     )
-
-
-def sharding(config: Config) -> Any:
-    """FSDP2 as the launcher's config file says, but for its precision, which `shard_in` gives it. Raises DeviceError
-    for FSDP's first version, ConfigError for an optimizer that it cannot shard."""
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise DeviceError(
-            "accelerate's config asks for FSDP's first version. Set fsdp_version: 2 there, as "
-            "configs/accelerate/fsdp2.yaml does."
-        )
-    if config.optim.type != "adamw":
-        raise ConfigError(f"optim.type: {config.optim.type} cannot be sharded by FSDP. Write optim.type: adamw.")
-    return FullyShardedDataParallelPlugin()
 
 
 def shard_in(accelerator: Any, precision: str) -> None:
@@ -87,10 +71,6 @@ def sharded_precision(precision: str) -> MixedPrecisionPolicy:
         output_dtype=None,
         cast_forward_inputs=False,
     )
-
-
-def is_sharded_launch() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def unused_gpus_hint(config: str) -> str | None:

@@ -20,11 +20,12 @@ from sft.checkmachine import (
     look_at_model,
     look_at_modules,
     look_at_packages,
-    look_at_run,
 )
 from sft.checkview import print_picture
-from sft.errors import EXIT_DONE, EXIT_USER, DataError, SftError
+from sft.errors import EXIT_DONE, EXIT_USER, DataError, ResumeError, SftError
 from sft.picture import Picture, as_object
+from sft.resume import CONTENT
+from sft.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from sft.config import Config, Source
@@ -64,10 +65,13 @@ def inspect(loaded: LoadedConfig, *, say: Say) -> Picture:
 
 def look_at_tokenizer(picture: Picture) -> None:
     """The tokenizer, the template in use and its stop tokens."""
+    from sft.opening import pinned_date
     from sft.prepare import load_bundle
 
-    try:
-        bundle = picture.bundle = load_bundle(picture.config)
+    try:  # as of the day on which the run there began, if there is one: it will go on as of that day
+        bundle = picture.bundle = load_bundle(
+            picture.config, pinned_date=pinned_date(RunFolder(picture.run_dir), fresh=False)
+        )
     except SftError as error:
         if picture.settings:  # else the model is not there at all, which was said
             picture.problems.append(str(error))
@@ -98,6 +102,7 @@ def look_at_data(picture: Picture, say: Say) -> None:
     except SftError as error:
         picture.problems.append(str(error))
         picture.bad_kinds = list(getattr(error, "bad_rows", ()))
+        picture.is_whole = False
         lenient = config.data.model_copy(update={"on_bad_row": "skip", "max_dropped": 1.0})
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -133,8 +138,10 @@ def _with_sources_that_exist(picture: Picture) -> Config | None:
         return found
 
     data = picture.config.data
+    before = len(picture.problems)
     train = existing(data.train, "train")
     scored = existing(data.eval, "eval") if isinstance(data.eval, list) else data.eval
+    picture.is_whole = len(picture.problems) == before
     if not train:
         return None
     return picture.config.model_copy(update={"data": data.model_copy(update={"train": train, "eval": scored or 0})})
@@ -231,3 +238,38 @@ def look_at_steps(picture: Picture) -> None:
         return
     conversations = picture.prepared.train.num_conversations
     picture.warnings += advice_on_steps(picture.config, picture.plan, conversations)
+
+
+def look_at_run(picture: Picture) -> None:
+    """What lies in the run folder already, and what `sft train` would say to it."""
+    from sft.checkpoint import complete_checkpoints, step_of
+    from sft.opening import agreed, end_without_checkpoints, is_at_its_end, read_state, run_fingerprint
+
+    folder, config = RunFolder(picture.run_dir), picture.config
+    total = picture.plan.total_steps if picture.plan is not None else None
+    status = folder.read_status()
+    state, step, checkpoints = status.get("state"), status.get("step", 0), complete_checkpoints(folder.checkpoints)
+    try:
+        if checkpoints and total is not None and picture.prepared is not None and picture.bundle is not None:
+            before = read_state(checkpoints[0])
+            now = run_fingerprint(config, picture.prepared, picture.bundle, total)
+            if not picture.is_whole:  # counted without the rows that are at fault, which were said
+                now = {**now, **{key: before.fingerprint.get(key) for key in CONTENT}}
+            agreed(config, before, now, run_dir=str(picture.run_dir), say=picture.notes.append)
+            step = step_of(checkpoints[0])
+        elif not checkpoints and total is not None:
+            end_without_checkpoints(config, folder, total)
+    except ResumeError as error:
+        picture.problems.append(str(error))
+        return
+    if state == "done" and (total is None or is_at_its_end(config, folder, step, total)):
+        picture.notes.append(
+            f"{picture.run_dir} holds a finished run (step {step}): sft train leaves it as it is; "
+            "--fresh or another run.dir starts anew"
+        )
+    elif state == "done":
+        picture.notes.append(
+            f"{picture.run_dir} holds a run that finished at step {step}: sft train continues it to step {total}"
+        )
+    elif state:
+        picture.notes.append(f"{picture.run_dir} holds a run that is {state} at step {step}: sft train continues it")

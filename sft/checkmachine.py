@@ -6,16 +6,15 @@ Weights are never read: config.json, the headers of files, and arithmetic are en
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sft.adapterparts import parted_note, refuse_unknown_modules, tied_pair
-from sft.errors import DeviceError, ModelError, SftError
+from sft.errors import DiskError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
+from sft.needed import lacking_for
 from sft.picture import Picture
-from sft.runfolder import RunFolder
 from sft.space import check_space, free_bytes
 
 CHECKPOINT_FACTOR = 3  # a checkpoint holds the trained weights and two moments of each
@@ -164,18 +163,8 @@ def gguf_settings(file: Path) -> dict[str, Any]:
 
 
 def look_at_packages(picture: Picture) -> None:
-    config = picture.config
-    if find_spec("bitsandbytes") is None:
-        for key, value in (("model.tuning", config.model.tuning), ("optim.type", config.optim.type)):
-            if value == "qlora" or value.endswith("8bit"):
-                picture.problems.append(
-                    f"{key}: {value} needs bitsandbytes, which is not installed. Install it (pip install 'sft[qlora]')."
-                )
-    for tracker in config.log.trackers:
-        if find_spec(tracker) is None:
-            picture.problems.append(
-                f"log.trackers: {tracker} is not installed. Install it (pip install {tracker}), or leave it out."
-            )
+    """What `sft train` would refuse to begin without."""
+    picture.problems += map(str, lacking_for(picture.config))
 
 
 def look_at_memory(picture: Picture) -> None:
@@ -268,18 +257,5 @@ def look_at_disk(picture: Picture) -> None:
     picture.disk_needed = (keep + 1) * CHECKPOINT_FACTOR * weights + weights
     try:
         check_space(picture.run_dir, CHECKPOINT_FACTOR * weights, keep, final_bytes=weights)
-    except DeviceError as error:
+    except DiskError as error:
         picture.problems.append(str(error))
-
-
-def look_at_run(picture: Picture) -> None:
-    """What lies in the run folder already."""
-    status = RunFolder(picture.run_dir).read_status()
-    state, step = status.get("state"), status.get("step", 0)
-    if state == "done":
-        picture.notes.append(
-            f"{picture.run_dir} holds a finished run (step {step}): sft train leaves it as it is; "
-            "--fresh or another run.dir starts anew"
-        )
-    elif state:
-        picture.notes.append(f"{picture.run_dir} holds a run that is {state} at step {step}: sft train continues it")

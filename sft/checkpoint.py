@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sft.durable import NO_SPACE, cannot_write, flush_to_disk, read_json, write_json
-from sft.errors import DeviceError, ResumeError
+from sft.errors import DiskError, ResumeError
 from sft.pickles import is_pickle_name
 from sft.space import folder_bytes, free_bytes, human
 
@@ -154,7 +154,7 @@ class CheckpointStore:
         return there if self._newest is None else [self._newest, *there]
 
     def wait(self) -> None:
-        """Until the save is durable and rotated. Raises its error: DeviceError for the disk's, others as they are."""
+        """Until the save is durable and rotated. Raises its error: DiskError for the disk's, others as they are."""
         error = self.settle()
         if error is not None:
             raise error
@@ -235,7 +235,7 @@ class CheckpointStore:
                 self._whole[path] = False
         return self._whole[path]
 
-    def _explain(self, error: BaseException, staging: Path) -> DeviceError | None:
+    def _explain(self, error: BaseException, staging: Path) -> DiskError | None:
         """The disk's errors in the user's words; None for any other."""
         full = isinstance(error, OSError) and error.errno in NO_SPACE
         # safetensors writes from Rust and wraps the system's error into text.
@@ -247,13 +247,13 @@ class CheckpointStore:
             needed = max([staged, self.expected_bytes, *(folder_bytes(path) for path in older[:1])])
             free = free_bytes(self._root) + staged  # what remains once the staged part is gone
             missing = human(needed - free) if needed > free else f"more than {human(max(free - staged, 0))}"
-            return DeviceError(
+            return DiskError(
                 f"{staging.parent}: disk full while saving a checkpoint of about {human(needed)}; {human(free)} can be "
                 f"used, {missing} missing. {safe} Free some or lower save.keep, then run the same command: it resumes."
             )
         if isinstance(error, OSError):
             told = cannot_write(Path(error.filename or self._root), error)
-            return DeviceError(f"{told} {safe}")
+            return DiskError(f"{told} {safe}")
         return None
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.accelerator import is_sharded_launch
 from sft.config import Auto
 from sft.data.collate import flat, padded, to_device
 from sft.distributed import gather
@@ -25,6 +24,7 @@ from sft.evaluate import inference_mode_of
 from sft.gguf import cache_root
 from sft.isolation import compiled_difference, probe, run_once
 from sft.model import count_parameters
+from sft.needed import is_sharded_launch
 from sft.trainee import Trainee
 from sft.types import Batch
 

@@ -19,16 +19,16 @@ from pydantic import ValidationError
 
 from sft.config import Config, Section
 from sft.configkeys import cure, example, explain_unknown, section_under, walk_keys, wanted
+from sft.credentials import credentials
 from sft.errors import ConfigError
-from sft.secrets import MASK, mask_secrets
+from sft.secrets import mask_secrets
 from sft.unread import DEFAULT, unread_keys
-from sft.yamltree import KeyPath, dotted, flow, parse_yaml, read_yaml
+from sft.yamltree import KeyPath, dotted, flow, parse_yaml, read_yaml, split_line
 
 __all__ = ["COMMAND_LINE", "DEFAULT", "LoadedConfig", "dump_config", "json_schema", "load_config", "unread_keys"]
 
 COMMAND_LINE = "command line"
 _HEADER = "# Resolved from"
-_BARE_MASK = re.compile(rf"(?<![^\s\[{{,]){re.escape(MASK)}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     config = _validate(raw, where, file)
     run_dir = config.run.dir or f"runs/{file.stem}"
     config = _with_home_expanded(config, run_dir)
+    for key, what in credentials(config):
+        raise ConfigError(
+            f"{_where(key, where)}: '{dotted(key)}' holds {what}. (Run folders keep configs, to read them again.)"
+        )
     _paths_beside_the_file(config, where, file)
     origins = {dotted(key): _origin(key, raw, where) for key in walk_keys(config)}
     return LoadedConfig(config, origins, file, tuple(unread_keys(config, origins)), Path(config.run.dir or run_dir))
@@ -68,8 +72,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 def _lines_of_defaults(text: str) -> set[int]:
     """In a file that `dump_config` wrote: the lines whose value the user never set. Else none."""
-    lines = text.splitlines() if text.startswith(_HEADER) else []
-    return {number for number, line in enumerate(lines, 1) if re.search(rf"  # {DEFAULT}(; resolved to .*)?$", line)}
+    lines = text.split("\n") if text.startswith(_HEADER) else []
+    found = set()
+    for number, line in enumerate(lines, 1):
+        parts = split_line(line)
+        if parts is not None and re.match(rf"{DEFAULT}($|; resolved to )", parts.note):
+            found.add(number)
+    return found
 
 
 # Overrides ----------------------------------------------------------------------------------------------------------
@@ -327,15 +336,14 @@ def dump_config(loaded: LoadedConfig, resolved: Mapping[str, Any] | None = None)
     """The whole config as YAML, each line with where its value came from and what `auto` became.
 
     `resolved` maps dotted keys to values. Keys of it that no config key matches are listed in comments at the end.
-    Loads back, with `load_config`, to an equal config; credentials are masked.
+    Loads back, with `load_config`, to an equal config: nothing is masked, and `load_config` lets no credential in.
     """
     left = dict(resolved or {})
     lines = [f"{_HEADER} {loaded.path}. Each line says where its value came from."]
     values = loaded.config.model_dump(mode="json")
     lines += _dumped(values, Config, (), loaded.origins, left)
     lines += [f"# resolved: {key}: {flow(value)}" for key, value in left.items()]
-    text = mask_secrets("\n".join(lines) + "\n")
-    return _BARE_MASK.sub("(masked)", text)  # a value that begins with * would be read as an alias
+    return "\n".join(lines) + "\n"
 
 
 def _dumped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -51,6 +52,12 @@ def all_keys(section: type[Section] = Config, at: tuple[str, ...] = ()) -> dict[
         if below := section_under(field.annotation):
             found.update(all_keys(below, (*path, "0") if _is_list(field.annotation) else path))
     return found
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether `value`, as plain data, is what a leaf key has where nobody sets it; False for a name that is no key."""
+    field = all_keys().get(re.sub(r"\.\d+(?=\.|$)", ".0", key))  # the items of a list have one name
+    return field is not None and not field.is_required() and bool(field.get_default(call_default_factory=True) == value)
 
 
 def _is_list(annotation: Any) -> bool:

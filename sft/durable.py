@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sft.errors import ConfigError, DeviceError, ResumeError
+from sft.errors import ConfigError, DiskError, ResumeError
 
 # The disk, a quota or a limit on file sizes ran out. EFBIG is what RLIMIT_FSIZE and small file systems answer.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,7 +79,7 @@ def check_nameable(key: str, folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Create `folder` and write one file in it, now, rather than fail after hours. DeviceError when that is refused."""
+    """Create `folder` and write one file in it, now, rather than fail after hours. DiskError when that is refused."""
     probe = folder / f".writable-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         make_folder(folder)
@@ -89,11 +89,11 @@ def check_writable(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> DeviceError:
+def cannot_write(path: Path, error: OSError) -> DiskError:
     """What to tell a user whose folder refuses a write."""
     if error.errno in NO_SPACE:
-        return DeviceError(f"{path}: no space left ({error.strerror}). Free some, or choose another run.dir.")
-    return DeviceError(
+        return DiskError(f"{path}: no space left ({error.strerror}). Free some, or choose another run.dir.")
+    return DiskError(
         f"{path}: cannot be written ({error.strerror}). Choose another run.dir, or make that folder writable."
     )
 

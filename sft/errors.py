@@ -5,7 +5,12 @@ SftError (ValueError)         exit code 2: one message, no traceback
 ├── DataError                 a row, a file, a mapping of columns
 ├── TemplateError             a chat template, or what it renders
 ├── ModelError                a model, adapter or tokenizer that does not fit
-├── DeviceError               memory, disk, devices, launch
+├── DeviceError               memory and devices
+├── DiskError                 a disk that is full, or refuses to be written
+├── NumericsError             a loss or a gradient that is no number
+├── LaunchError               how processes were started, and whether they agree
+├── WorkerError               a process that prepares data and died
+├── StorageError              the storage of a sweep
 └── ResumeError               a run folder that cannot be continued as asked
 Stopped (Exception)           exit code 75: stopped on a signal, resumable
 """
@@ -48,7 +53,27 @@ class ModelError(SftError):
 
 
 class DeviceError(SftError):
-    """Memory, disk, devices or the way processes were launched."""
+    """Memory, or what a device can do."""
+
+
+class DiskError(SftError):
+    """A disk that is full, or a folder that refuses to be written."""
+
+
+class NumericsError(SftError):
+    """A loss or a gradient that is not finite."""
+
+
+class LaunchError(SftError):
+    """The way processes were launched, or ranks that do not agree."""
+
+
+class WorkerError(SftError):
+    """A process that prepares data, and died."""
+
+
+class StorageError(SftError):
+    """The storage of a sweep, which cannot be opened or used."""
 
 
 class ResumeError(SftError):
@@ -57,6 +82,12 @@ class ResumeError(SftError):
 
 class Stopped(Exception):
     """The run stopped on a signal after publishing what it had; the same command resumes it."""
+
+
+def error_named(kind: str, message: str) -> SftError:
+    """The error of the family whose class is named `kind`: as another process met it."""
+    kinds = {cls.__name__: cls for cls in SftError.__subclasses__()}
+    return kinds.get(kind, SftError)(message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from sft.checkpoint import complete_checkpoints, publish_folder, step_of, verify
 from sft.choice import best_step, direction
 from sft.distributed import from_first_rank, wait_for_all
-from sft.durable import read_json, write_json, write_text
+from sft.durable import finite, read_json, write_json, write_text
 from sft.errors import EXIT_DONE, ResumeError
 from sft.runcard import run_card
 from sft.serving import check_serving, describe
@@ -54,14 +55,15 @@ def _round_as_saved(session: Session) -> dict[str, Any] | None:
     kept = {parameter.dtype for parameter in trainee.parameters()}
     if dtype is None or kept <= {dtype} or session.job.is_sharded or session.data.eval is None:
         return None
-    trained = session.scores("eval.loss").get(session.state.step)
+    trained = session.scores("eval.loss").get(session.state.step, math.nan)
     with torch.no_grad():
         for parameter in trainee.parameters():
             parameter.copy_(parameter.to(dtype))
     scores = session.score_held_out()
     assert scores is not None
     name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "loss": scores["loss"], "loss_as_trained": trained, "step": session.state.step}
+    losses = {"loss": scores["loss"], "loss_as_trained": trained}
+    return {"dtype": name, **finite(losses), "step": session.state.step}
 
 
 def _report(folder: Path) -> Path:

@@ -11,15 +11,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from sft.errors import DeviceError
+from sft.errors import LaunchError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def several_were_asked_for() -> bool:
-    """accelerate names an address to meet at only where several processes should; a started group has ranks."""
+    """accelerate names an address to meet at only where several processes should; a started group has ranks.
+
+    A shell, a terminal or a notebook that was started under it hands these variables on: they may be inherited.
+    """
     environ = os.environ
     return "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ and "RANK" not in environ
 
@@ -27,11 +30,11 @@ def several_were_asked_for() -> bool:
 def become_launcher_where_needed() -> None:
     """Replaces this process by `torchrun`'s module with as many processes as the command line asked for.
 
-    Returns where a single process is what was asked for, or MPI brings the others. Raises DeviceError where their
-    number cannot be found.
+    Returns where a single process is what was asked for, MPI brings the others, or no launcher is at work and its
+    variables were merely inherited. Raises LaunchError where one is and their number cannot be found.
     """
     from_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    if not several_were_asked_for() or from_mpi:
+    if not several_were_asked_for() or from_mpi or not any(map(is_launcher, _ancestors())):
         return
     count = _asked_processes()
     address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
@@ -51,15 +54,44 @@ def _free_port() -> int:
 
 
 def _asked_processes() -> int:
-    import psutil
-
-    count = processes_in(psutil.Process(os.getppid()).cmdline())
+    """By the launcher's own command line, which is this process's parent's."""
+    count = processes_in(next(_ancestors(), ()))
     if count is None:
-        raise DeviceError(
+        raise LaunchError(
             "accelerate launch started one process on this machine without GPUs, though several were asked for. "
             f"Use: torchrun --nproc_per_node N -m sft {' '.join(sys.argv[1:])}"
         )
     return count
+
+
+def _ancestors() -> Iterator[list[str]]:
+    """The command lines of the processes that this one descends from, nearest first, as far as they can be read."""
+    import psutil
+
+    for process in psutil.Process().parents():
+        try:
+            yield process.cmdline()
+        except psutil.Error:  # gone, or another user's
+            yield []
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line is `accelerate launch …`, `accelerate-launch …` or that module's."""
+    return _launch_word(command) is not None
+
+
+def _launch_word(command: Sequence[str]) -> int | None:
+    """Where the launcher's own options begin: after `launch`, in the words of an interpreter and a program or module.
+
+    Further words are those of whatever it launches.
+    """
+    names = [os.path.basename(word).removesuffix(".py") for word in command]
+    for index, name in enumerate(names[:4]):
+        if name in ("accelerate-launch", "accelerate.commands.launch") or (
+            name == "launch" and index > 0 and "accelerate" in command[index - 1] + command[index]
+        ):
+            return index
+    return None
 
 
 def processes_in(command: Sequence[str]) -> int | None:
@@ -67,8 +99,7 @@ def processes_in(command: Sequence[str]) -> int | None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    names = [os.path.basename(word).removesuffix(".py") for word in command]
-    launch = next((i for i, name in enumerate(names) if name.endswith("launch")), None)
+    launch = _launch_word(command)
     if launch is None:
         return None
     asked, _ = launch_command_parser().parse_known_args(list(command[launch + 1 :]))

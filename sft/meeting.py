@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sft.distributed import LostContact
-from sft.errors import DeviceError, Stopped
+from sft.errors import LaunchError, Stopped
 
 PATIENCE_S = 1800.0  # for ranks that prepare; as long as a process group waits
 HOST_PATIENCE_S = 300.0  # for the rank that holds the store, which opens it before it prepares anything
@@ -53,7 +53,7 @@ class Meeting:
     def wait(self, check: Callable[[], None]) -> None:
         """Until all ranks are here. `check` is called all the time and may raise.
 
-        Raises Stopped where a rank was stopped, LostContact where one failed or is gone, DeviceError after PATIENCE_S.
+        Raises Stopped where a rank was stopped, LostContact where one failed or is gone, LaunchError after PATIENCE_S.
         """
         if not self._is_held:
             return
@@ -67,7 +67,7 @@ class Meeting:
                 for rank in missing:
                     self._heed_word_of(rank)
                 if time.monotonic() > deadline:
-                    raise DeviceError(
+                    raise LaunchError(
                         f"rank {self._rank}: rank {', '.join(map(str, missing))} did not finish preparing within "
                         f"{PATIENCE_S / 60:.0f} minutes. Run sft prepare first, then launch again."
                     )

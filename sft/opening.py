@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import liger
-from sft.accelerator import is_sharded_launch
 from sft.checkpoint import find_resumable
 from sft.choice import scores_of, stops_early
 from sft.config import Config
 from sft.data.order import conversations_per_epoch
-from sft.devices import training_device
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
-from sft.errors import DataError, DeviceError, ResumeError, SftError
+from sft.errors import DataError, LaunchError, ResumeError, SftError, error_named
 from sft.gguf import gguf_file
+from sft.needed import is_sharded_launch
 from sft.resume import RunState, check_continuation, check_names, differences, fingerprint, length_of, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -61,7 +60,7 @@ def on_first_rank(is_first: bool, action: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "error" in answer:
-        quiet = ResumeError(answer["error"]) if answer["kind"] == "ResumeError" else SftError(answer["error"])
+        quiet = error_named(answer["kind"], answer["error"])
         quiet.said = True
         raise quiet
     return answer["result"]
@@ -74,7 +73,7 @@ def check_ranks_agree(rank: int, facts: dict[str, Any]) -> None:
         different = sorted(key for key in facts if theirs.get(key) != everyone[0].get(key))
         if different:
             shown = "; ".join(f"{key}: {everyone[0][key]!r} on rank 0, {theirs[key]!r} here" for key in different)
-            error = DeviceError(f"rank {other} does not agree with rank 0: {shown}. Give all ranks the same files.")
+            error = LaunchError(f"rank {other} does not agree with rank 0: {shown}. Give all ranks the same files.")
             error.said = rank != other
             raise error
 
@@ -110,30 +109,63 @@ def open_run(
     check_writable(folder.checkpoints)
     checkpoint, length = find_resumable(folder.checkpoints, say), length_of(loaded.config)
     if checkpoint is None:
-        done_at = _end_without_checkpoints(loaded.config, folder, total_steps)
+        done_at = end_without_checkpoints(loaded.config, folder, total_steps)
         warmup = warmup_steps(loaded.config, total_steps, None)
         state = RunState(done_at or 0, fingerprint=print_of_run, warmup_steps=warmup, length=length)
         return {"checkpoint": None, "state": state.as_dict(), "is_done": done_at is not None}
-    recorded = read_json(checkpoint / "state.json")
-    state = RunState.from_dict(recorded)
-    kernel = state.resolved.get(liger.KEY, "plain")
-    lost = liger.lost(state.resolved, training_device().type, is_sharded=is_sharded_launch())
-    consents = check_continuation(
-        {**state.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
-        step=state.step, allowed=allow_change, run_dir=str(folder.path), named=named_only(loaded.config), say=say,
-        lengths=differences(state.length, length) if state.length else {},
-    )  # fmt: skip
-    warmup = warmup_steps(loaded.config, total_steps, recorded)
+    before = read_state(checkpoint)
+    kernel, consents = agreed(
+        loaded.config, before, print_of_run, run_dir=str(folder.path), allowed=allow_change, say=say
+    )
+    warmup = warmup_steps(loaded.config, total_steps, before)
     state = replace(
-        state, fingerprint=print_of_run, consents=[*state.consents, *consents], warmup_steps=warmup, length=length,
-        resolved={**state.resolved, liger.KEY: "plain" if lost else kernel},
+        before, fingerprint=print_of_run, consents=[*before.consents, *consents], warmup_steps=warmup, length=length,
+        resolved={**before.resolved, liger.KEY: kernel},
     )  # fmt: skip
     fault = fault_of_model(folder.final) if folder.final.is_dir() else "not there"
     ended = folder.read_status().get("state") == "done" and not fault
     if folder.read_status().get("state") == "done" and fault:
         say(f"WARNING: {folder.final} is damaged ({fault}): it is written again from the checkpoint")
-    is_done = ended and (state.step >= total_steps or _stopped_early(loaded.config, folder))
+    is_done = ended and is_at_its_end(loaded.config, folder, state.step, total_steps)
     return {"checkpoint": str(checkpoint), "state": state.as_dict(), "is_done": is_done}
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state in a checkpoint. Raises ResumeError."""
+    return RunState.from_dict(read_json(checkpoint / "state.json"), str(checkpoint / "state.json"))
+
+
+def agreed(
+    config: Config,
+    before: RunState,
+    print_of_run: Mapping[str, Any],
+    *,
+    run_dir: str,
+    allowed: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[str, list[dict[str, Any]]]:
+    """The loss kernel with which the run goes on, and the consents to what changed since `before`.
+
+    Raises ResumeError for changes without consent: `sft train` and `sft check` refuse by this one rule.
+    """
+    if not before.fingerprint:
+        raise ResumeError(
+            f"{run_dir}: its checkpoints are of a version of sft that did not record what a run is made of, so nobody "
+            "can tell whether this is the same training. Give it another run.dir, or start over with --fresh."
+        )
+    kernel = before.resolved.get(liger.KEY, "plain")
+    lost = liger.lost(before.resolved, training_device().type, is_sharded=is_sharded_launch())
+    consents = check_continuation(
+        {**before.fingerprint, liger.KEY: kernel}, {**print_of_run, liger.KEY: f"plain ({lost})" if lost else kernel},
+        step=before.step, allowed=allowed, run_dir=run_dir, named=named_only(config), say=say,
+        lengths=differences(before.length, length_of(config)) if before.length else {},
+    )  # fmt: skip
+    return "plain" if lost else kernel, consents
+
+
+def is_at_its_end(config: Config, folder: RunFolder, step: int, total_steps: int) -> bool:
+    """Whether nothing is left to train after `step`."""
+    return step >= total_steps or _stopped_early(config, folder)
 
 
 def _stopped_early(config: Config, folder: RunFolder) -> bool:
@@ -144,7 +176,7 @@ def _stopped_early(config: Config, folder: RunFolder) -> bool:
     return stops_early(scores_of(MetricsLog(folder.metrics).read(), rule.metric), rule)
 
 
-def _end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int) -> int | None:
+def end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int) -> int | None:
     """The step at which a complete run ended whose checkpoints were removed; None for a run that is to begin.
 
     ResumeError for a run that had checkpoints and needs them: beginning again from nothing is the user's choice.
@@ -152,7 +184,7 @@ def _end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int
     status, events = folder.read_status(), MetricsLog(folder.metrics).read()
     if status.get("state") == "done" and not fault_of_model(folder.final):
         step = int(status.get("step") or 0)
-        if step >= total_steps or _stopped_early(config, folder):
+        if is_at_its_end(config, folder, step, total_steps):
             return step
     trained = max((int(event["step"]) for event in events if event["event"] == "train"), default=0)
     interval = share_or_steps(config.save.every, total_steps)
@@ -167,17 +199,17 @@ def _end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int
     return None
 
 
-def warmup_steps(config: Config, total_steps: int, recorded: Mapping[str, Any] | None) -> int:
-    """Steps of warm-up. `recorded`: state.json of the checkpoint that is continued from, if any.
+def warmup_steps(config: Config, total_steps: int, before: RunState | None) -> int:
+    """Steps of warm-up. `before`: the state of the checkpoint that is continued from, if any.
 
     A share is one of the steps that the run began with: more steps at a constant rate must not warm up again. Where
     the schedule decays, its length is agreed on anew, and the warm-up with it.
     """
     settings = config.optim
-    if recorded and settings.schedule == "constant" and "warmup_steps" in recorded:
-        began_with = recorded["fingerprint"].get("optim.warmup")
+    if before and settings.schedule == "constant" and before.warmup_steps >= 0:
+        began_with = before.fingerprint.get("optim.warmup")
         if began_with == settings.warmup:
-            return int(recorded["warmup_steps"])
+            return before.warmup_steps
     return share_or_steps(settings.warmup, total_steps)
 
 

@@ -31,6 +31,7 @@ class Picture:
     parameters: int | None = None
     bundle: TokenizerBundle | None = None
     prepared: Prepared | None = None
+    is_whole: bool = True  # whether `prepared` is of all the rows that the config names
     rows: int = 0  # read, where nothing could be prepared
     bad_rows: int = 0  # of these, the unreadable: a template may refuse others
     bad_kinds: list[dict[str, Any]] = field(default_factory=list)  # bad rows by kind: {rows, where, first, detail}

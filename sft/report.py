@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sft.pages import count, render_page
 from sft.resume import changes_of, told
 from sft.runfolder import RunFolder, read_events
 from sft.secrets import mask_secrets
+from sft.yamltree import split_line
 
 MOST_POINTS = 1200  # of one curve on the page: more than a screen has pixels
 MOST_NOTES = 200  # rows of data_report.jsonl on the page
@@ -77,7 +78,7 @@ def run_page(folder: Path) -> str:
         report=data,
         notes=list(islice(_notes_of_rows(run.data_report), MOST_NOTES + 1)),
         most_notes=MOST_NOTES,
-        config=by_section(config),
+        config=by_section(map(masked, config)),
         environment=list(flatten(environment)),
         data={"curves": curves(events), "histogram": (data or {}).get("length_histogram", [])},
     )
@@ -244,8 +245,9 @@ class ConfigLine:
         return self.origin == "default"
 
 
-_KEY = re.compile(r"^(?P<indent> *)(?P<item>- )?(?P<key>[^\s:#]+):(?: (?P<rest>.*))?$")
-_NOTE = re.compile(r"^(?P<value>.*?)(?:  # (?P<origin>[^#]*?)(?:; resolved to (?P<resolved>.*))?)?$")
+def masked(line: ConfigLine) -> ConfigLine:
+    """As a page shows it; config.yaml itself holds the truth, since it is read again."""
+    return replace(line, value=mask_secrets(line.value), resolved=mask_secrets(line.resolved))
 
 
 def read_config_lines(path: Path) -> list[ConfigLine]:
@@ -257,27 +259,25 @@ def read_config_lines(path: Path) -> list[ConfigLine]:
         return []
     lines: list[ConfigLine] = []
     stack: list[tuple[int, str]] = []  # (indent, key or index) of the sections that are open
-    for text in path.read_text(encoding="utf-8").splitlines():
-        match = _KEY.match(text)
+    for text in path.read_text(encoding="utf-8").split("\n"):
+        match = split_line(text)
         if fact := re.match(r"^# resolved: ([^:]+): (.*)$", text):
             lines.append(ConfigLine(fact[1], fact[2], "resolved", ""))
-        if match is None or text.lstrip().startswith("#"):
+        if match is None:
             continue
-        indent = len(match["indent"])
-        if match["item"]:
+        indent = match.indent
+        if match.is_item:
             siblings = [key for at, key in stack if at == indent and key.isdigit()]
             stack = [item for item in stack if item[0] < indent]
             stack.append((indent, str(int(siblings[-1]) + 1) if siblings else "0"))
             indent += 2
         stack = [item for item in stack if item[0] < indent]
-        key = ".".join([key for _, key in stack] + [match["key"]])
-        note = _NOTE.match(match["rest"] or "")
-        assert note is not None
-        if not note["value"]:
-            stack.append((indent, match["key"]))
+        key = ".".join([key for _, key in stack] + [match.key])
+        if not match.value:
+            stack.append((indent, match.key))
             continue
-        resolved = note["resolved"] if note["resolved"] != note["value"] else None
-        lines.append(ConfigLine(key, note["value"], note["origin"] or "", resolved or ""))
+        origin, _, resolved = match.note.partition("; resolved to ")
+        lines.append(ConfigLine(key, match.value, origin, resolved if resolved != match.value else ""))
     return lines
 
 

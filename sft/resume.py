@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_origin
 
+from sft import __version__
 from sft.config import Config
-from sft.configkeys import all_keys, explain_unknown
+from sft.configkeys import all_keys, explain_unknown, is_default
 from sft.errors import ResumeError, did_you_mean
 from sft.foreign import answer
 from sft.schedule import peak_learning_rate
@@ -25,7 +26,9 @@ LENGTH_KEYS = ("train.epochs", "train.max_steps")
 BY_CONTENT = ("data.train", "data.eval")
 EVAL_CONTENT = "data.eval.content"
 STEPS = "train.steps"
-DERIVED = (STEPS, "data.content", EVAL_CONTENT, "tokenizer", "model.weights")  # of the fingerprint, not of the config
+_WAYS_OUT = "Restore the checkpoint from a copy, or start over with --fresh (the old run is moved aside)."
+CONTENT = ("data.content", EVAL_CONTENT)
+DERIVED = (STEPS, *CONTENT, "tokenizer", "model.weights")  # of the fingerprint, not of the config
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class RunState:
     seconds: float = 0.0
     nonfinite_skips: int = 0
     total_steps: int = 0
-    warmup_steps: int = 0
+    warmup_steps: int = -1  # not recorded
     fingerprint: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     consents: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +51,27 @@ class RunState:
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> RunState:
+    def from_dict(values: Any, place: str = "state.json") -> RunState:
+        """The state in `values`; what an older version did not record yet has its default.
+
+        Raises ResumeError, which names `place`, for fields that only a newer version knows, and for what is no state.
+        """
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise ResumeError(f"{place}: no state of a run: it names no step. {_WAYS_OUT}")
+        kinds = {field.name: type(field.default_factory() if callable(field.default_factory) else field.default)
+                 for field in fields(RunState)}  # fmt: skip
+        if unknown := sorted(values.keys() - kinds.keys()):
+            raise ResumeError(
+                f"{place}: written by a newer version of sft: it holds {', '.join(unknown)}, which version "
+                f"{__version__} does not know. Continue with that version, or start over with --fresh (the old run is "
+                "moved aside)."
+            )
+        for name in values.keys() - {"step"}:
+            kind = (int, float) if kinds[name] is float else kinds[name]
+            if not isinstance(values[name], kind):
+                raise ResumeError(
+                    f"{place}: {name} is {str(values[name])[:60]!r}, which no version writes. {_WAYS_OUT}"
+                )
         return RunState(**values)
 
 
@@ -101,6 +124,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
+def without_news(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the keys that the version of `old` did not have, where they say what is the default: a
+    new key's default is what was done before there was a key."""
+    return {key: value for key, value in new.items() if key in old or not is_default(key, value)}
+
+
 def check_continuation(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
@@ -117,7 +146,7 @@ def check_continuation(
     `lengths`: `{key: (was, is)}` of LENGTH_KEYS that changed; each consents to the steps that come of it. ResumeError
     lists every other change without consent.
     """
-    changed = differences(old, new)
+    changed = differences(old, without_news(old, new))
     for key in (key for key in named if key in changed):
         was, now = (_shown(value) for value in changed[key])
         say(f"note: {key} changed since this run began ({was} -> {now}): scores from here on are of other rows")

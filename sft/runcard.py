@@ -11,6 +11,7 @@ from sft.durable import read_json
 from sft.modelcard import model_card, public_name
 from sft.resume import changes_of, told
 from sft.runfolder import RunFolder, read_events
+from sft.secrets import mask_yaml
 from sft.serving import describe
 
 
@@ -28,7 +29,7 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
     resolved = environment.get("resolved", {})
     serving = read_json(run / "serving.json") if (run / "serving.json").is_file() else None
     last: dict[str, Any] = steps[-1] if steps else {}
-    return model_card(
+    card = model_card(
         config.model_dump(mode="json"),
         read_json(folder.data),
         before=evaluations.get(0),
@@ -44,6 +45,7 @@ def run_card(run: Path, *, merged: bool = False) -> str | None:
         merged=merged,
         changes=[told(change, _public) for change in changes_of(events)],
     )
+    return mask_yaml(card)
 
 
 def _public(value: Any) -> Any:

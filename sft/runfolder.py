@@ -54,11 +54,10 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
-    def write_status(self, state: State, *, code: int | None, reason: str, step: int) -> None:
-        write_json(
-            self.status,
-            {"state": state, "code": code, "reason": _brief(mask_secrets(reason)), "step": step, "pid": os.getpid()},
-        )
+    def write_status(self, state: State, *, code: int | None, reason: str, step: int, error: str = "") -> None:
+        """`error`: of a failure, the name of its kind (DiskError, NumericsError, …)."""
+        told = {"state": state, "code": code, "reason": _brief(mask_secrets(reason)), "step": step, "pid": os.getpid()}
+        write_json(self.status, told | ({"error": error} if error else {}))
 
     def may_be_written(self) -> bool:
         """Whether this is a run's folder, or one that holds nothing yet: its first file is the status."""

@@ -43,7 +43,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock, a dead owner's too.
 
-        ResumeError names a living owner; DeviceError a folder that cannot be written.
+        ResumeError names a living owner; DiskError a folder that cannot be written.
         """
         assert self._descriptor is None, "acquired twice"
         try:

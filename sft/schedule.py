@@ -67,6 +67,13 @@ def is_due(step: int, every: float, total_steps: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
+def evaluation_steps(every: float, total_steps: int) -> tuple[int, ...]:
+    """The steps after which the model is evaluated, the last one always among them; the evaluation before step 1 comes
+    on top. The trainer goes by this, and so does a sweep that counts how many a trial has."""
+    interval = share_or_steps(every, total_steps) or total_steps
+    return (*range(interval, total_steps, interval), total_steps)
+
+
 def learning_rate(
     step: int,
     *,

@@ -339,6 +339,7 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
     write_text(folder.config, dump_config(loaded, resolved))
     environment = {
         "date": date_pinned,
+        "total_steps": job.plan.total_steps,
         "versions": versions(),
         "device": _device_name(job.device),
         "processes": job.world,

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from sft import attention, liger, optim
-from sft.accelerator import is_sharded_launch
 from sft.adapterparts import parted_note, refuse_untrained_tokens, tied_pair, token_modules
 from sft.config import Config
 from sft.data.collate import flat, idle, padded, to_device
 from sft.devices import training_device
 from sft.distributed import gather
-from sft.errors import DeviceError
+from sft.errors import ModelError
 from sft.fitting import StepMemory, Used, largest, local_bytes, optimizer_bytes, release
 from sft.heap import keep_freed_memory
 from sft.hush import hush_libraries
@@ -35,6 +34,7 @@ from sft.model import (
     grow_vocabulary,
     load_base,
 )
+from sft.needed import is_sharded_launch
 from sft.schedule import Plan
 from sft.trainee import Trainee, loss_sum
 
@@ -225,7 +225,7 @@ def end_of_text_id(model: Any, bundle: TokenizerBundle) -> int | None:
 def prove(trainee: Trainee, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """Whether flat rows and the chunked head serve this model: `{"flat_rows", "head_path", …}`.
 
-    Raises DeviceError where the user insists on flat rows and the model fails.
+    Raises ModelError where the user insists on flat rows and the model fails.
     """
     wanted = config.model.attention
     device = next(trainee.parameters()).device
@@ -233,7 +233,7 @@ def prove(trainee: Trainee, config: Config, say: Callable[[str], None]) -> dict[
     if wanted in ("auto", "flat"):
         exact, reason = _flat_rows_serve(trainee, device)
         if not exact and wanted == "flat":
-            raise DeviceError(f"model.attention: flat rows change this model ({reason}). Use auto or padded.")
+            raise ModelError(f"model.attention: flat rows change this model ({reason}). Use auto or padded.")
         if not exact:
             say(f"flat rows change this model ({reason}): training on padded batches grouped by length")
             trainee.causal.set_attn_implementation(_padded_attention(config))

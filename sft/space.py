@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sft.errors import DeviceError
+from sft.errors import DiskError
 
 
 def free_bytes(folder: Path) -> int:
@@ -33,14 +33,14 @@ def needed_bytes(checkpoint_bytes: int, keep: int, final_bytes: int = 0) -> int:
 
 
 def check_space(run_dir: Path, checkpoint_bytes: int, keep: int, *, final_bytes: int = 0) -> None:
-    """DeviceError when the disk cannot hold `keep + 1` checkpoints and the final model.
+    """DiskError when the disk cannot hold `keep + 1` checkpoints and the final model.
 
     What the run folder already holds in checkpoints (a resumed run) counts as available.
     """
     needed = needed_bytes(checkpoint_bytes, keep, final_bytes)
     available = free_bytes(run_dir) + folder_bytes(run_dir / "checkpoints") + folder_bytes(run_dir / "final")
     if available < needed:
-        raise DeviceError(
+        raise DiskError(
             f"{run_dir}: too little disk space. The run needs {human(needed)} "
             f"(save.keep + 1 = {keep + 1} checkpoints of "
             f"{human(checkpoint_bytes)}{f', final/ {human(final_bytes)}' if final_bytes else ''}), "

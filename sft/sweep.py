@@ -16,7 +16,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sft.durable import NO_SPACE, check_writable
-from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DeviceError
+from sft.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, DiskError
+from sft.needed import refuse
 from sft.secrets import mask_secrets
 from sft.sweepfile import LoadedSweep, load_sweep
 from sft.sweeprun import Finished, TrialRun
@@ -34,13 +35,14 @@ _UNREACHABLE_SAID_EVERY = 30.0
 def sweep(path: str, overrides: Sequence[str] = ()) -> int:
     """Run or continue the sweep of a file. 0: done; 1: no trial succeeded; 75: stopped on a signal.
 
-    Raises ConfigError, DataError, DeviceError, ResumeError before the first trial.
+    Raises the SftError family before the first trial.
     """
     loaded = load_sweep(path, overrides)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     devices = divide_devices(loaded.spec.workers, visible_gpus(os.environ), usable_cores())
     train_command(loaded.spec.launch, loaded.base_file, 0)  # a launcher that is not there is said now
+    refuse(loaded.lacking())
     check_writable(loaded.dir)
     from sft.sweepresults import write_results
     from sft.sweepstore import open_store
@@ -55,7 +57,7 @@ def sweep(path: str, overrides: Sequence[str] = ()) -> int:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise DeviceError(
+        raise DiskError(
             f"{loaded.dir}: its disk is full ({error.strerror}). Running trials stop with a checkpoint where one fits; "
             f"free some space, and the same command goes on: sft sweep {path}"
         ) from error

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sft.config import Config, EvalMetric
 from sft.configfile import COMMAND_LINE, LoadedConfig, dump_config, load_config
 from sft.durable import write_text
-from sft.errors import ConfigError, did_you_mean
-from sft.secrets import mask_secrets
+from sft.errors import ConfigError, ResumeError, SftError, did_you_mean
+from sft.needed import lacking
+from sft.secrets import MASK, mask_secrets
 from sft.sweepspace import Dimension, base_values, grid_points, parse_space, point_in_space, unread_dimensions
-from sft.yamltree import KeyPath, Tree, flow, parse_yaml, read_yaml
+from sft.yamltree import KeyPath, Tree, dotted, flow, leaves, parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Direction = Literal["minimize", "maximize"]
@@ -129,9 +130,29 @@ class LoadedSweep:
         """The base config as the sweep began with it: editing the original must not change later trials."""
         return self.dir / "base.yaml"
 
+    def lacking(self) -> list[SftError]:
+        """What some trial would lack on this machine. Which devices their launcher brings is not known here."""
+
+        def of(key: str, base: str) -> list[str]:
+            return sorted({base, *(str(c) for d in self.space if d.key == key for c in d.choices)})
+
+        config = self.base.config
+        return list(
+            lacking(
+                tunings=of("model.tuning", config.model.tuning), optimizers=of("optim.type", config.optim.type),
+                trackers=config.log.trackers, environ={},
+            )
+        )  # fmt: skip
+
     def freeze(self) -> None:
-        """Write `base_file`."""
-        write_text(self.base_file, dump_config(self.base))
+        """Write `base_file`. Raises ResumeError where trials were run by another one."""
+        text = dump_config(self.base)
+        if key := _masked_before(self.base_file, text):
+            raise ResumeError(
+                f"{self.base_file}: an earlier version of sft wrote {key} with a part masked as a credential, so the "
+                "trials so far may have read other files. They do not count: choose another dir."
+            )
+        write_text(self.base_file, text)
 
     def config_for(
         self, values: Mapping[str, Any], run_dir: str | Path, seed: int | None = None, origin: str = "the sweep"
@@ -141,6 +162,20 @@ class LoadedSweep:
         config = load_config(self.base_file, [f"{key}={flow(value)}" for key, value in changed.items()])
         set_by_base = {key: self.base.origins.get(key, place) for key, place in config.origins.items()}
         return replace(config, origins=set_by_base | dict.fromkeys(changed, origin))
+
+
+def _masked_before(base_file: Path, text: str) -> str:
+    """The key whose value an earlier version masked in `base_file`, where `text` says otherwise; "" for none."""
+    try:
+        old, new = read_yaml(base_file), parse_yaml(text, str(base_file))
+    except ConfigError:  # not there yet, or damaged: it is written anew
+        return ""
+    known = dict(leaves(new.value))
+    for path, value in leaves(old.value):
+        is_masked = isinstance(value, str) and (MASK in value or "(masked)" in value)
+        if is_masked and known.get(path, value) != value:
+            return dotted(path)
+    return ""
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:

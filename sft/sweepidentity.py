@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.configkeys import is_default
 from sft.runlock import start_time
 from sft.sweepfile import LoadedSweep
 
@@ -60,9 +61,22 @@ def _content(loaded: LoadedSweep) -> dict[str, str]:
     return found
 
 
+def differences(written: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
+    """The keys in which a sweep differs from what was written of it. A key of the config that the version which wrote
+    it did not have is none while it is at its default."""
+
+    def is_news(key: str) -> bool:
+        return key not in written and is_default(key.removeprefix("config."), json.loads(mine[key]))
+
+    return [
+        key for key in {**written, **mine}
+        if written.get(key) != mine.get(key) and not (key.startswith("config.") and is_news(key))
+    ]  # fmt: skip
+
+
 def say_differences(loaded: LoadedSweep, written: Mapping[str, str], mine: Mapping[str, str]) -> str:
     """The refusal to go on with a sweep that was changed, key by key, with the two ways out."""
-    changed = [key for key in {**written, **mine} if written.get(key) != mine.get(key)]
+    changed = differences(written, mine)
     lines = [f"  {key}: was {written.get(key, 'not there')}, is {mine.get(key, 'not there')}" for key in changed]
     return (
         f"{loaded.dir}: this sweep began otherwise, and its trials would not be comparable:\n"

@@ -21,7 +21,7 @@ from sft.sweepreport import write_sweep_report
 from sft.sweeprun import seed_folder, trial_folder
 from sft.sweepspace import value_of
 from sft.trial import num_processes
-from sft.yamltree import dotted, flow, parse_yaml, read_yaml
+from sft.yamltree import dotted, flow, parse_yaml, read_yaml, split_line
 
 if TYPE_CHECKING:
     from sft.sweepstore import SweepStore
@@ -187,10 +187,11 @@ def resolved_values(config_file: Path) -> dict[str, Any]:
     if not config_file.exists():
         return {}
     tree = read_yaml(config_file)
-    lines = tree.text.splitlines()
+    lines = tree.text.split("\n")
     found: dict[str, Any] = {}
     for path, number in tree.lines.items():
-        note = _RESOLVED.search(lines[number - 1])
+        line = split_line(lines[number - 1])
+        note = _RESOLVED.search(line.note) if line is not None else None
         value = tree.value
         for key in path:
             value = value[key]

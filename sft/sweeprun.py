@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sft import keeper
+from sft.config import Config
 from sft.configfile import dump_config
-from sft.durable import write_text
+from sft.durable import read_json, write_text
 from sft.errors import ConfigError, SftError
 from sft.runfolder import RunFolder
 from sft.runlock import forget_other_host
+from sft.schedule import evaluation_steps
 from sft.sweepfile import LoadedSweep
 from sft.trial import (
     Curve,
@@ -46,7 +48,7 @@ class Claimed(Protocol):
     values: dict[str, Any]
     adopted: bool
 
-    def report(self, value: float, evaluation: int) -> bool: ...
+    def report(self, value: float, evaluation: int, evaluations: int | None) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class TrialRun:
     _orphans_until: float | None = None
     _checked_orphans_at: float = 0.0
     _finished: Finished | None = None
+    _config: Config | None = None
+    _planned: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         folder = trial_folder(self.loaded, self.claim.number)
@@ -205,6 +209,7 @@ class TrialRun:
                 repeat.run_dir
             )  # the lease has run out: that machine's keeper has ended it, or it is gone
         config = self.loaded.config_for(self.claim.values, repeat.run_dir, repeat.seed)
+        self._config, self._planned = config.config, None
         repeat.config_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(repeat.config_file, dump_config(config))
         spec = self.loaded.spec
@@ -229,7 +234,7 @@ class TrialRun:
             if value is None or not math.isfinite(value):
                 self.stop("fail", f"{spec.metric} is not finite at step {step}")
                 return
-            if self._report(evaluation, value) and evaluation != self._last_evaluation():
+            if self._report(evaluation, value) and step != self._plan()[0]:  # nothing is gained by pruning at the end
                 self.stop("prune", f"pruned at step {step}", patience=120.0)
                 return
 
@@ -237,14 +242,17 @@ class TrialRun:
         """Tell the storage of an evaluation of the first repeat. True when the pruner gives the trial up."""
         if self.index > 0 or evaluation <= self._reported:
             return False
-        gives_up = self.claim.report(value, evaluation)
+        gives_up = self.claim.report(value, evaluation, self._plan()[1])
         self._reported = evaluation
         return gives_up
 
-    def _last_evaluation(self) -> int | None:
-        """The number of the final evaluation, where the config tells: nothing is gained by pruning there."""
-        every = self.loaded.base.config.eval.every
-        return round(1 / every) if 0 < every < 1 else None
+    def _plan(self) -> tuple[int | None, int | None]:
+        """(steps, evaluations after step 0) of the whole run, as its trainer planned them; None before it has said."""
+        if self._planned is None and self._config is not None:
+            total = self._config.train.max_steps or planned_steps(self.repeat.run_dir)
+            if total is not None:
+                self._planned = total, len(evaluation_steps(self._config.eval.every, total))
+        return self._planned or (None, None)
 
     def _judge(self, outcome: Outcome) -> Finished | None:
         if outcome.state == "done":
@@ -284,6 +292,16 @@ def trial_folder(loaded: LoadedSweep, number: int) -> Path:
 def seed_folder(seed: int) -> str:
     """The folder of one of several repeats, inside the trial's."""
     return f"seed-{seed}"
+
+
+def planned_steps(run_dir: Path) -> int | None:
+    """The steps that a run planned, as its environment.json says; None where it does not."""
+    try:
+        found = read_json(RunFolder(run_dir).environment)
+    except (SftError, OSError):
+        return None
+    steps = found.get("total_steps") if isinstance(found, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def _status(run_dir: Path) -> str:

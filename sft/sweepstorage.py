@@ -19,7 +19,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from sft.errors import DeviceError
+from sft.errors import StorageError
 from sft.secrets import MASK, mask_secrets
 
 JOURNAL = "study.journal"
@@ -113,7 +113,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def open_storage(url: str | None, folder: Path) -> tuple[BaseStorage, Guard]:
-    """The storage and its guard. Raises DeviceError that never shows the password."""
+    """The storage and its guard. Raises StorageError that never shows the password."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,14 +132,14 @@ def open_storage(url: str | None, folder: Path) -> tuple[BaseStorage, Guard]:
                 engine_kwargs={"pool_pre_ping": True} if kind != "sqlite" else {},
             )
     except ModuleNotFoundError as error:
-        raise DeviceError(
+        raise StorageError(
             f"storage: {mask_secrets(url)} needs the package {error.name}"
             + ('; for PostgreSQL: pip install "psycopg[binary]".' if "psycopg" in str(error.name) else ".")
         ) from None
     except SQLAlchemyError as error:
-        raise DeviceError(f"storage: {mask_secrets(url)} cannot be opened: {without_password(error, url)}") from None
+        raise StorageError(f"storage: {mask_secrets(url)} cannot be opened: {without_password(error, url)}") from None
     except (ImportError, optuna.exceptions.StorageInternalError) as error:
-        raise DeviceError(f"storage: {mask_secrets(url)} cannot be used: {without_password(error, url)}") from None
+        raise StorageError(f"storage: {mask_secrets(url)} cannot be used: {without_password(error, url)}") from None
     return storage, _database_guard(parsed, folder.as_posix())
 
 
@@ -174,7 +174,7 @@ def _database_guard(url: Any, name: str) -> Guard:
     kind = url.get_backend_name()
     if kind == "sqlite":
         if not url.database or url.database == ":memory:":
-            raise DeviceError("storage: a database in memory does not outlive its driver; name a file, or leave null.")
+            raise StorageError("storage: a database in memory does not outlive its driver; name a file, or leave null.")
         beside = Path(f"{url.database}.lock")
         beside.parent.mkdir(parents=True, exist_ok=True)
         return lambda: _file_guard(beside)
@@ -190,7 +190,7 @@ def _database_guard(url: Any, name: str) -> Guard:
         "mariadb": (f"SELECT GET_LOCK('sft-sweep-{key}', {2 * _GUARD_SECONDS})",),
     }.get(kind)
     if lock is None:
-        raise DeviceError(f"storage: {kind} is not supported; use postgresql, mysql, sqlite, or null for a file.")
+        raise StorageError(f"storage: {kind} is not supported; use postgresql, mysql, sqlite, or null for a file.")
     engine = create_engine(url, poolclass=NullPool)
 
     @contextmanager

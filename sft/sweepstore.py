@@ -21,10 +21,10 @@ from optuna.distributions import CategoricalChoiceType
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sft.errors import DeviceError, ResumeError, SftError
+from sft.errors import ResumeError, SftError, StorageError
 from sft.secrets import mask_secrets
 from sft.sweepfile import LoadedSweep, Pruner
-from sft.sweepidentity import fingerprint, is_alive, say_differences, this_process
+from sft.sweepidentity import differences, fingerprint, is_alive, say_differences, this_process
 from sft.sweepspace import Dimension, base_values, choice_name, walk
 from sft.sweepstorage import Guard, is_storage_error, open_storage, without_password
 
@@ -97,9 +97,13 @@ class Claim:
     trial: Trial
     values: dict[str, Any]
     adopted: bool
+    store: SweepStore
 
-    def report(self, value: float, evaluation: int) -> bool:
-        """Record an intermediate value, once. True when the pruner gives the trial up."""
+    def report(self, value: float, evaluation: int, evaluations: int | None) -> bool:
+        """Record an intermediate value, once. True when the pruner gives the trial up. `evaluations`: of the whole
+        run, where that is known."""
+        if evaluations is not None:
+            self.store.expect(evaluations)
         frozen = self.trial.study._storage.get_trial(self.trial._trial_id)
         if evaluation not in frozen.intermediate_values:
             self.trial.report(value, evaluation)
@@ -125,8 +129,6 @@ class SweepStore:
 
     def __post_init__(self) -> None:
         spec = self.loaded.spec
-        every = self.loaded.base.config.eval.every
-        self.evaluations = round(1 / every) if 0 < every < 1 else None
         self.base = base_values(self.loaded.space, self.loaded.base.config)
         with self.guard():
             self.study = optuna.create_study(
@@ -134,9 +136,10 @@ class SweepStore:
                 storage=self.storage,
                 direction=self.loaded.direction,
                 load_if_exists=True,
-                pruner=make_pruner(spec.pruner, self.evaluations),
             )
             self._begin()
+        self.evaluations: int | None = self.study.user_attrs.get("evaluations")
+        self.study.pruner = make_pruner(spec.pruner, self.evaluations)
 
     def _name(self) -> str:
         """A journal is its folder's own and goes where the folder is moved; a database knows a sweep by its `dir`."""
@@ -153,7 +156,7 @@ class SweepStore:
                 )
             self.study.set_user_attr("id", uuid.uuid4().hex[:12])
             self.study.set_user_attr("sweep", mine)
-        elif written != mine:
+        elif differences(written, mine):
             raise ResumeError(say_differences(self.loaded, written, mine))
         if "ready" in self.study.user_attrs:
             return
@@ -163,6 +166,19 @@ class SweepStore:
                 params = {key: choice_name(value) for key, value in point.values.items()}
                 self.study.enqueue_trial(params, user_attrs={"first": index})
         self.study.set_user_attr("ready", True)
+
+    def expect(self, evaluations: int) -> None:
+        """How many evaluations after step 0 a whole run has, by the plan of the first trial that reports: hyperband
+        shares them out, for all drivers and for good alike."""
+        if self.evaluations is not None or self.loaded.spec.pruner.type != "hyperband":
+            return
+        with self.guard():
+            written = self.study.user_attrs.get("evaluations")
+            if written is None:
+                written = evaluations
+                self.study.set_user_attr("evaluations", written)
+        self.evaluations = int(written)
+        self.study.pruner = make_pruner(self.loaded.spec.pruner, self.evaluations)
 
     @property
     def id(self) -> str:
@@ -238,7 +254,7 @@ class SweepStore:
             values = walk(self.loaded.space, self.base, lambda d: _suggest(trial, d))
         trial.set_user_attr("values", values)
         trial.set_user_attr("owner", self.driver)
-        return Claim(trial.number, trial, values, adopted)
+        return Claim(trial.number, trial, values, adopted, self)
 
     def owns(self, claim: Claim) -> bool:
         """Whether the trial still runs under this driver's name."""
@@ -278,7 +294,7 @@ class SweepStore:
 
 
 def open_store(loaded: LoadedSweep) -> SweepStore:
-    """Open or create the study. Raises DeviceError where the storage fails, ResumeError where it is another sweep's."""
+    """Open or create the study. Raises StorageError where that fails, ResumeError where it is another sweep's."""
     storage, guard = open_storage(loaded.spec.storage, loaded.dir)
     try:
         return SweepStore(loaded, storage, guard)
@@ -287,5 +303,5 @@ def open_store(loaded: LoadedSweep) -> SweepStore:
     except Exception as error:
         if is_storage_error(error):
             said = without_password(error, loaded.spec.storage)
-            raise DeviceError(f"storage: {mask_secrets(str(loaded.spec.storage))}: {said}") from None
+            raise StorageError(f"storage: {mask_secrets(str(loaded.spec.storage))}: {said}") from None
         raise

@@ -29,6 +29,7 @@ from sft.finish import finish
 from sft.fitting import peak_gib
 from sft.launch import become_launcher_where_needed
 from sft.meeting import Meeting
+from sft.needed import lacking_for, refuse
 from sft.opening import (
     Opening,
     check_ranks_agree,
@@ -44,7 +45,7 @@ from sft.report import write_report
 from sft.resume import RunState
 from sft.runfolder import RunFolder
 from sft.runlock import RunLock
-from sft.schedule import is_due, learning_rate
+from sft.schedule import evaluation_steps, is_due, learning_rate
 from sft.session import Session, open_session
 from sft.shortage import explain_shortage, loading_explained
 from sft.signals import StopRequest
@@ -65,6 +66,7 @@ def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[s
     check_nameable("run.dir", folder.path)
     with StopRequest() as stop:
         try:
+            refuse(lacking_for(loaded.config))  # before the data, which may take minutes
             return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
         except (Stopped, SftError) as error:
             note_before_start(folder, error)
@@ -160,7 +162,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
         session.data.train, plan, seed=config.run.seed, rank=job.rank, world=job.world,
         micro_tokens=job.micro_tokens, join=Join(job.flat_rows, job.pad_id),
     )  # fmt: skip
-    early, best = session.should_stop_early(), session.best_step()
+    early, best, evaluations = session.should_stop_early(), session.best_step(), evaluations_due(session)
     for data in feed.steps(session.state.step + 1) if not early else ():
         # -- one step -------------------------------------------------------------------------------------------------
         watchdog.beat(f"step {data.step}")
@@ -176,7 +178,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
         # -- what falls due -------------------------------------------------------------------------------------------
         stopping = result.stop and data.step < total
         saved = is_due(data.step, config.save.every, total) or stopping
-        if not stopping and data_has_eval(session) and is_due(data.step, config.eval.every, total):
+        if not stopping and data.step in evaluations:
             watchdog.beat(f"evaluating at step {data.step}")
             stopping = not _evaluate(session, trackers, stop)
             best = session.best_step()
@@ -213,8 +215,8 @@ def train_step(session: Session, data: StepData, *, asked_to_stop: Callable[[], 
     """One optimizer step over this rank's micro-batches of `data`. All ranks decide alike, on a stop too: each is
     asked at the end of its part.
 
-    The loss is Σ w·l / Σ w over the whole step: counted first, over all ranks, then divided. Raises DeviceError for
-    a loss or gradient that is not finite, unless `train.on_nonfinite` is skip.
+    The loss is Σ w·l / Σ w over the whole step: counted first, over all ranks, then divided. Raises NumericsError
+    for a loss or gradient that is not finite, unless `train.on_nonfinite` is skip.
     """
     config, job = session.config, session.job
     lr = _learning_rate(session, data.step)
@@ -304,6 +306,13 @@ def data_has_eval(session: Session) -> bool:
     return session.data.eval is not None
 
 
+def evaluations_due(session: Session) -> frozenset[int]:
+    """The steps after which the held-out rows are scored."""
+    if not data_has_eval(session):
+        return frozenset()
+    return frozenset(evaluation_steps(session.config.eval.every, session.job.plan.total_steps))
+
+
 def _evaluate(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
     """Evaluates after the current step. False where a rank was asked to stop on the way."""
     scores = session.evaluate(session.state.step, lambda: stop.requested)
@@ -316,8 +325,11 @@ def _evaluate(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
 def _catch_up(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
     """The evaluation that fell due at the step after which the run was stopped. False where it is stopped again."""
     step = session.state.step
-    due = data_has_eval(session) and is_due(step, session.config.eval.every, session.job.plan.total_steps)
-    if due and step not in session.scores("eval.loss") and not _evaluate(session, trackers, stop):
+    if (
+        step in evaluations_due(session)
+        and step not in session.scores("eval.loss")
+        and not _evaluate(session, trackers, stop)
+    ):
         return False
     best, metric = session.best_step(), session.config.save.best
     session.store.protect(best)

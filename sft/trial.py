@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft import keeper
-from sft.errors import EXIT_DONE, EXIT_STOPPED, DeviceError
+from sft.errors import EXIT_DONE, EXIT_STOPPED, DeviceError, LaunchError
 from sft.runfolder import RunFolder
 from sft.secrets import mask_secrets
 
@@ -138,7 +138,7 @@ def _program(name: str) -> str:
         return str(beside)
     found = shutil.which(name)
     if found is None:
-        raise DeviceError(f"launch: there is no program '{name}' on the PATH; install it, or give its full path.")
+        raise LaunchError(f"launch: there is no program '{name}' on the PATH; install it, or give its full path.")
     return found
 
 
@@ -175,7 +175,8 @@ class TrialProcess:
         self.mark = mark
         self.started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
-        keeping = [sys.executable, str(Path(keeper.__file__)), mark, str(lease / 2), str(lease / 4), "--"]
+        # By its name: started by its path, Python would look into sft/ first, whose types.py is not the standard one.
+        keeping = [sys.executable, "-m", keeper.MODULE, mark, str(lease / 2), str(lease / 4), "--"]
         with open(log, "ab") as stream, _pinned(devices):
             self._keeper = subprocess.Popen(
                 [*keeping, *command],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sft.distributed import LostContact, gather
-from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DeviceError, SftError, Stopped
+from sft.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, NumericsError, SftError, Stopped
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
 
@@ -43,18 +43,18 @@ def failures_noted(folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         code = EXIT_USER if isinstance(error, SftError) else EXIT_FAILED
         try:
-            note_failure(folder, code, str(error) or type(error).__name__)
+            note_failure(folder, code, str(error) or type(error).__name__, type(error).__name__)
         except OSError as unwritten:  # a full disk, which the error itself tells of
             print(f"status.json could not be written: {unwritten}", file=sys.stderr, flush=True)
         raise
 
 
-def note_failure(folder: RunFolder, code: int, reason: str) -> None:
+def note_failure(folder: RunFolder, code: int, reason: str, error: str = "") -> None:
     """The first cause stays: ranks that fail because another did write nothing."""
     status = folder.read_status()
     if status.get("state") == "running":
         steps = [int(event["step"]) for event in MetricsLog(folder.metrics).read() if event["event"] == "train"]
-        folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]))
+        folder.write_status("failed", code=code, reason=reason, step=max([int(status["step"]), *steps]), error=error)
 
 
 def note_before_start(folder: RunFolder, error: SftError | Stopped) -> None:
@@ -75,7 +75,7 @@ def note_before_start(folder: RunFolder, error: SftError | Stopped) -> None:
         with RunLock(folder.path):
             folder.write_status(
                 "stopped" if stopped else "failed", code=EXIT_STOPPED if stopped else EXIT_USER, reason=str(error),
-                step=step,
+                step=step, error="" if stopped else type(error).__name__,
             )  # fmt: skip
     except (SftError, OSError):
         return  # the folder is another run's, or cannot be written: the exit code says it all
@@ -84,7 +84,7 @@ def note_before_start(folder: RunFolder, error: SftError | Stopped) -> None:
 def decide_on_nonfinite(session: Session, data: StepData, losses: Sequence[torch.Tensor]) -> None:
     """No step is taken: all ranks come here together. Returns to skip the step, within `train.max_nonfinite_skips`.
 
-    `losses` are of this rank's micro-batches; the rows of those that are no numbers are named. Raises DeviceError,
+    `losses` are of this rank's micro-batches; the rows of those that are no numbers are named. Raises NumericsError,
     said by rank 0.
     """
     train, skips = session.config.train, session.state.nonfinite_skips + 1
@@ -97,7 +97,7 @@ def decide_on_nonfinite(session: Session, data: StepData, losses: Sequence[torch
         session.say(f"step {data.step}: {what}; no step is taken ({skips} of {train.max_nonfinite_skips} skips)")
         return
     bound = f" after {skips - 1} skipped steps (train.max_nonfinite_skips)" if train.on_nonfinite == "skip" else ""
-    error = DeviceError(
+    error = NumericsError(
         f"step {data.step}: {what}; no step is taken and the run ends{bound}. Lower optim.lr, set optim.max_grad_norm, "
         "look at the rows with sft preview, or set train.on_nonfinite: skip."
     )

@@ -35,6 +35,15 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(key) for key in path)
 
 
+def leaves(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that is neither a mapping nor a list, with its path."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*at, key))
+    else:
+        yield at, value
+
+
 def read_yaml(path: Path) -> Tree:
     """The one document in a file. Raises ConfigError that names file and line, also where the file is one of data."""
     if data := told_as_data(path):
@@ -113,7 +122,7 @@ class _Builder:
                 raise self.refuse(line, "a key must be plain text, not a list or mapping")
             if str(key_node.tag) == _TAG + "merge":
                 raise self.refuse(line, "merge keys (<<) are not read; write the keys out")
-            key = key_node.value
+            key = _joined(key_node.value)
             if key in seen:
                 full = dotted((*path, key))
                 raise self.refuse(line, f"key '{full}' appears twice, first on line {seen[key]}; remove one of the two")
@@ -123,7 +132,7 @@ class _Builder:
 
     def scalar(self, kind: str, text: str, line: int) -> Any:
         if kind in ("str", "timestamp"):  # dates stay text: JSON, templates and Hugging Face settings know no other
-            return text
+            return _joined(text)
         if kind == "null":
             return None
         if kind == "bool":
@@ -143,6 +152,13 @@ class _Builder:
     def refuse_tag(self, line: int, tag: str) -> ConfigError:
         shown = tag.removeprefix(_TAG)
         return self.refuse(line, f"YAML tag '{shown}' is refused: values are plain text, numbers, lists and mappings")
+
+
+def _joined(text: str) -> str:
+    """JSON writes characters beyond the first 65,536 as two escapes, which YAML reads as two: as one again."""
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def _syntax_cure(problem: str) -> str:
@@ -191,6 +207,36 @@ def _quoted(text: str) -> str:
     import json
 
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Line:
+    """`  - key: value  # note` in its parts; `indent` counts spaces, `note` and `value` may be empty."""
+
+    indent: int
+    is_item: bool
+    key: str
+    value: str
+    note: str
+
+
+_KEY_LINE = re.compile(r"^(?P<indent> *)(?P<item>- )?(?P<key>[^\s:#]+):(?: (?P<rest>.*))?$")
+_QUOTED_PART = re.compile(r'"(?:[^"\\]|\\.)*"|[^"]')
+
+
+def split_line(text: str) -> Line | None:
+    """One line of a file that writes a key a line, each value as `flow` gives it; None for a comment.
+
+    Quotes are heeded: a value may hold what looks like a note.
+    """
+    match = _KEY_LINE.match(text)
+    if match is None:
+        return None
+    rest, at = match["rest"] or "", 0
+    while at < len(rest) and not rest.startswith("  # ", at):
+        part = _QUOTED_PART.match(rest, at)
+        at = part.end() if part else at + 1
+    return Line(len(match["indent"]), bool(match["item"]), match["key"], rest[:at], rest[at + 4 :])
 
 
 def parse_plain(text: str) -> Any:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,6 +84,30 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path: Path) -> Path:
     """A model of the test's own, which it may change."""
     return make_model(tmp_path / "model")
+
+
+CLOCKS = {
+    "a leap day": ("2028-02-29T09:08:07", "UTC"),
+    "a month's last seconds": ("2027-04-30T23:59:59", "Europe/Berlin"),
+    "a year's last seconds": ("2026-12-31T23:59:59", "UTC"),
+    "the 9th, where the day begins": ("2029-01-09T00:30:00", "Pacific/Kiritimati"),
+    "where it ends, in an hour that comes twice": ("2027-11-07T01:30:00", "America/Los_Angeles"),
+}
+"""Local times and their zones: days and zones on which a test of dates may fail that passes today."""
+
+
+@pytest.fixture(params=CLOCKS.values(), ids=CLOCKS)
+def moved_clock(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs at each of CLOCKS; the clock goes on from there, over midnight."""
+    with clock_at(*request.param):
+        yield
+
+
+def clock_at(local: str, zone: str) -> AbstractContextManager[Any]:
+    """This process's clock, in C code too, and its time zone."""
+    import time_machine
+
+    return time_machine.travel(datetime.fromisoformat(local).replace(tzinfo=ZoneInfo(zone)), tick=True)
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from sft.configfile import load_config
 from sft.runfolder import MetricsLog, RunFolder
-
-EVALUATIONS = 4
+from sft.schedule import evaluation_steps
 
 
 def loss_at(lr: float, rank: int, step: int, steps: int, seed: int = 0) -> float:
@@ -69,7 +68,7 @@ def train(settings, loaded, config, folder) -> int:
         step += 1
         misbehave(fault, step)
         log.append({"event": "train", "step": step, "loss": 1.0, "seconds": step * 0.5})
-        if step % (steps // EVALUATIONS) == 0:
+        if step in evaluation_steps(config.eval.every, steps):
             evaluate()
         state.write_text(json.dumps({"step": step}))
         if stopped:

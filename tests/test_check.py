@@ -12,7 +12,7 @@ from sft.check import check, inspect
 from sft.checkmachine import _judge_memory
 from sft.checkview import blocks, large, print_picture
 from sft.configfile import LoadedConfig, load_config
-from sft.errors import EXIT_DONE, EXIT_USER, DataError
+from sft.errors import EXIT_DONE, EXIT_USER, DataError, ResumeError
 from sft.memory import Memory
 from sft.picture import Picture, as_object
 from sft.train import train
@@ -214,9 +214,9 @@ def test_a_grown_vocabulary_is_noted(tmp_path: Path, model_folder: Path, data: P
 
 
 def test_missing_packages(tmp_path: Path, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sft.checkmachine
+    import sft.needed
 
-    monkeypatch.setattr(sft.checkmachine, "find_spec", lambda name: None)
+    monkeypatch.setattr(sft.needed, "find_spec", lambda name: None)
     overrides = ("model.tuning=qlora", "optim.type=adamw_8bit", "log.trackers=[tensorboard]")
     problems = look(config_for(tmp_path, model_folder, data, overrides=overrides)).problems
     assert [problem.split(":")[0] for problem in problems] == ["model.tuning", "optim.type", "log.trackers"]
@@ -325,14 +325,64 @@ def test_too_little_disk(tmp_path: Path, model_folder: Path, data: Path, monkeyp
     assert "too little disk space" in the_problem(config_for(tmp_path, model_folder, data))
 
 
+SHORT = ("train.max_steps=3", "eval.samples=0", "save.every=1", "optim.schedule=constant", "model.precision=fp32")
+
+
+@pytest.fixture
+def run_there(tmp_path: Path, model_folder: Path, data: Path, own_cache: None) -> LoadedConfig:
+    """A config beside the run that finished by it."""
+    loaded = config_for(tmp_path, model_folder, data, overrides=SHORT)
+    assert train(loaded) == EXIT_DONE
+    return loaded
+
+
+def test_a_run_that_is_there_is_noted(tmp_path: Path, model_folder: Path, data: Path, run_there: LoadedConfig) -> None:
+    assert any("holds a finished run (step 3): sft train leaves it as it is" in note for note in look(run_there).notes)
+    longer = look(config_for(tmp_path, model_folder, data, overrides=(*SHORT, "train.max_steps=5")))
+    assert any("a run that finished at step 3: sft train continues it to step 5" in note for note in longer.notes)
+    assert longer.problems == []
+    status = json.loads((run_there.run_dir / "status.json").read_text())
+    (run_there.run_dir / "status.json").write_text(json.dumps({**status, "state": "stopped"}))
+    assert any("a run that is stopped at step 3: sft train continues it" in note for note in look(run_there).notes)
+
+
 @pytest.mark.parametrize(
-    ("state", "words"), [("done", "a finished run (step 7)"), ("stopped", "a run that is stopped at step 7")]
-)
-def test_a_run_that_is_there_is_noted(tmp_path: Path, model_folder: Path, data: Path, state: str, words: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "status.json").write_text(json.dumps({"state": state, "step": 7}))
-    (note,) = look(config_for(tmp_path, model_folder, data)).notes
-    assert words in note
+    ("changes", "named"),
+    [
+        (
+            ("optim.lr=0.5", "model.lora.rank=3", "eval.samples=1"),
+            ["model.lora.rank: 16 -> 3", "optim.lr: 0.0002 -> 0.5"],
+        ),
+        (("data.train_on=all",), ["data.content: ", "data.train_on: auto -> all"]),
+        (("data.train.0.limit=30", "save.best=eval.loss"), ["data.content: ", "data.eval.content: "]),
+    ],
+)  # fmt: skip
+def test_changes_that_training_would_refuse_are_problems_in_its_words(
+    tmp_path: Path, model_folder: Path, data: Path, run_there: LoadedConfig, changes: tuple[str, ...], named: list[str]
+) -> None:
+    changed = config_for(tmp_path, model_folder, data, overrides=(*SHORT, *changes))
+    said = the_problem(changed)
+    with pytest.raises(ResumeError) as refused:
+        train(changed)
+    assert str(refused.value) == said
+    assert [line for line in said.splitlines() if line.startswith("  ")] == [
+        next(line for line in said.splitlines() if line.startswith("  " + start)) for start in named
+    ]
+    bad = write(tmp_path / "bad.jsonl", "{")
+    partial = look(config_for(tmp_path, model_folder, data, bad, overrides=(*SHORT, "optim.lr=0.5")))
+    assert len(partial.problems) == 2, "rows that cannot be read, and the change; not what the missing rows change"
+    assert "optim.lr: 0.0002 -> 0.5" in partial.problems[1]
+    assert "content" not in partial.problems[1]
+
+
+def test_lost_checkpoints_are_a_problem_in_training_s_words(run_there: LoadedConfig) -> None:
+    shutil.rmtree(run_there.run_dir / "checkpoints")
+    shutil.rmtree(run_there.run_dir / "final")
+    said = the_problem(run_there)
+    assert "this run came to step 3, but " in said
+    with pytest.raises(ResumeError) as refused:
+        train(run_there)
+    assert str(refused.value) == said
 
 
 def test_the_picture_on_paper(tmp_path: Path, model_folder: Path, data: Path) -> None:

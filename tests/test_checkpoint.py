@@ -24,7 +24,7 @@ from sft.checkpoint import (
     write_tensors,
 )
 from sft.durable import read_json, write_json
-from sft.errors import DeviceError, ResumeError
+from sft.errors import DiskError, ResumeError
 
 
 def write_state(step: int) -> Callable[[Path], None]:
@@ -247,7 +247,7 @@ def test_a_full_disk_says_how_much_is_missing_and_leaves_the_older_whole(tmp_pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         store.save(2, large)
-        with pytest.raises(DeviceError, match=r"disk full while saving.*missing\. .*step-00000001 is whole\."):
+        with pytest.raises(DiskError, match=r"disk full while saving.*missing\. .*step-00000001 is whole\."):
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

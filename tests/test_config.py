@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sft.config import Config
@@ -18,6 +19,7 @@ from sft.configfile import COMMAND_LINE, LoadedConfig, dump_config, json_schema,
 from sft.configkeys import all_keys, wanted
 from sft.errors import ConfigError
 from sft.foreign import FOREIGN
+from sft.report import read_config_lines
 from sft.secrets import mask_secrets
 from sft.unread import DEFAULT
 from sft.yamltree import flow, parse_yaml
@@ -631,11 +633,76 @@ def test_a_long_text_is_masked_in_linear_time(piece: str) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_credentials_reach_neither_the_dump_nor_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "swordfish-swordfish")
-    loaded = load(MINIMAL, "data.template_args={x: swordfish-swordfish}", f"log.name={TOKEN}")
-    assert "swordfish" not in dump_config(loaded)
-    assert TOKEN not in dump_config(loaded)
-    Path("dump.yaml").write_text(dump_config(loaded), encoding="utf-8")
-    assert load_config("dump.yaml").config.data.template_args == {"x": "(masked)"}, "masked, it is still YAML"
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (f"log.name={TOKEN}", "'log.name' holds a token: tokens belong into the environment (HF_TOKEN,"),
+        (f"log.name=run-{TOKEN}", "'log.name' holds a token"),
+        ("data.template_args={x: swordfish-swordfish}",
+         "'data.template_args.x' holds the value of the environment variable MY_TOKEN"),
+        ("data.template_args={x: [{y: swordfish-swordfish}]}", "'data.template_args.x.0.y' holds the value of"),
+        ("data.template_args={db_password: lux}", "'data.template_args.db_password' holds a credential, by its name"),
+        ("data.train=https://anne:s3cret@host/a.jsonl", "'data.train.0.path' holds a URL with a password or token"),
+        ("data.train=https://host/a.jsonl?token=s3cret", "'data.train.0.path' holds a URL with a credential in its"),
+        ("log.project=0123456789abcdef0123456789abcdef01234567", "the value of the environment variable WANDB_API_KEY"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_a_credential_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    """A run's config is written into its folder and read again, so nothing in it is masked."""
+    monkeypatch.setenv("MY_TOKEN", "swordfish-swordfish")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    message = refusal(MINIMAL, override)
+    assert message.startswith("command line: ")
+    assert said in message
+    for secret in ("swordfish", "s3cret", "lux", TOKEN, "0123456789abcdef"):
+        assert secret not in message
     assert "swordfish" not in refusal(MINIMAL, "run.seed=swordfish-swordfish")
+
+
+PATHS = (
+    "data/sk-wikipedia-conversations.jsonl", "sk-wikipedia-conversations", "org/hf_conversations20250101",
+    "postgres/chats/*.jsonl", "/mnt/postgres/postgres.jsonl", "data/ghp_a_very_long_folder_name/a.jsonl",
+    "xoxb-archive-2025-01/a.jsonl", "a/pypi-downloads-of-2025-monthly.csv", "password: x.jsonl", "api_key=chats.jsonl",
+    "secret=chats # 1.jsonl", "a  # default", "x; resolved to 3", "***.jsonl", "(masked)", "token?key=part-1.jsonl",
+)  # fmt: skip
+"""Names that resemble credentials, comments and masks."""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_resembles_a_credential_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    loaded = load(MINIMAL, f"data.train=[{json.dumps(path)}]", f"log.name={json.dumps(path)}")
+    Path("dump.yaml").write_text(dump_config(loaded), encoding="utf-8")
+    again = load_config("dump.yaml")
+    assert again.config == loaded.config
+    assert again.config.data.train[0].path == path
+    assert {key for key, place in again.origins.items() if place != DEFAULT} == {
+        key for key, place in loaded.origins.items() if place != DEFAULT
+    }
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.sampled_from([*PATHS, "sk-", "hf_", "ghp_", "-of-conversations", "postgres", "2025", "/", "  # ", "; ", '"'])
+        | st.text(max_size=8),
+        min_size=1, max_size=4,
+    ).map("".join)
+)  # fmt: skip
+def test_what_is_written_reads_back_or_was_refused(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    config = {"model": {"name": path}, "data": {"train": [{"path": path}], "template_args": {path: [path]}}}
+    Path("c.yaml").write_text(json.dumps(config), encoding="utf-8")
+    try:
+        loaded = load_config("c.yaml")
+    except ConfigError as error:
+        said = str(error)
+        assert " holds " in said or "not valid YAML" in said, said
+        return
+    Path("dump.yaml").write_text(dump_config(loaded, {"model.name": path}), encoding="utf-8")
+    assert load_config("dump.yaml").config == loaded.config
+    lines = {line.key: line.value for line in read_config_lines(Path("dump.yaml"))}
+    assert parse_yaml(lines["data.train.0.path"], "x").value == loaded.config.data.train[0].path
+    assert lines["train.epochs"] == "1"

@@ -26,8 +26,8 @@ FLOORS: dict[float, str] = {
     "data.memo",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",
-    1.2: "liger advice choice meeting configkeys unread hub",
-    1.3: "resume",
+    1.2: "liger advice choice meeting configkeys unread hub needed",
+    1.3: "resume credentials",
     1.5: "configfile",
     1.9: "data.rowkeys",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "

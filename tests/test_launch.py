@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.launch import processes_in
+from sft.launch import is_launcher, processes_in
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,22 @@ def test_the_number_in_a_config_file(tmp_path: Path) -> None:
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 5\nuse_cpu: true\n"
     )
     assert processes_in(["accelerate", "launch", "--config_file", str(file), "-m", "sft"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "launches"),
+    [
+        ("python /bin/accelerate launch --num_processes 3 -m sft train a.yaml", True),
+        ("/bin/accelerate-launch --num_processes=2 -m sft train a.yaml", True),
+        ("python -m accelerate.commands.launch -m sft train a.yaml", True),
+        ("python /lib/accelerate/commands/launch.py -m sft train a.yaml", True),
+        ("accelerate launch -m sft train a.yaml", True),
+        ("accelerate config", False),
+        ("python train.py launch", False),
+        ("tmux new-session bash", False),
+        ("bash", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command_line(line: str, launches: bool) -> None:
+    assert is_launcher(line.split()) is launches

@@ -35,7 +35,7 @@ from sft.data.pipeline import RowBatch, encode_stream
 from sft.data.readers import Row
 from sft.data.sources import read_rows
 from sft.data.store import Store
-from sft.errors import DataError, DeviceError
+from sft.errors import DataError, DiskError, WorkerError
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage, Sample
 
@@ -614,14 +614,14 @@ def small_files() -> Iterator[None]:
 
 def test_a_full_disk_is_named_and_leaves_nothing(here: Path, bundle: TokenizerBundle) -> None:
     write_rows("a.jsonl", rows_of(400))
-    with pytest.raises(DeviceError, match="no space left for prepared data in cache"), small_files():
+    with pytest.raises(DiskError, match="no space left for prepared data in cache"), small_files():
         run(bundle, "a.jsonl")
     assert children() == []
 
 
 def test_a_cache_that_cannot_be_a_folder(here: Path, bundle: TokenizerBundle) -> None:
     Path("cache").write_text("a file")
-    with pytest.raises(DeviceError, match="cannot write prepared data into cache"):
+    with pytest.raises(DiskError, match="cannot write prepared data into cache"):
         run(bundle, write_rows("a.jsonl", rows_of(5)))
 
 
@@ -635,7 +635,7 @@ class Dying:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_worker_is_an_error_and_not_a_wait() -> None:
     batches = [RowBatch(0, "text", "", [Row("a:1", {"text": "Hello"})])] * 9
-    with pytest.raises(DeviceError, match="a process that prepares data died"):
+    with pytest.raises(WorkerError, match="a process that prepares data died"):
         list(encode_stream(batches, Dying, workers=2))
 
 

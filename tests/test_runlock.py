@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sft.durable import check_writable
-from sft.errors import DeviceError, ResumeError
+from sft.errors import DiskError, ResumeError
 from sft.runlock import RunLock, forget_other_host
 
 HOLD = "import sys; from pathlib import Path; from sft.runlock import RunLock\nRunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"  # noqa: E501
@@ -186,9 +186,9 @@ def test_many_at_once_never_hold_it_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("act", [lambda folder: RunLock(folder).acquire(), check_writable])
 def test_a_folder_that_cannot_be_written_fails_at_once(tmp_path: Path, act: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DeviceError, match=r"cannot be written .* run\.dir"):
+    with pytest.raises(DiskError, match=r"cannot be written .* run\.dir"):
         act(tmp_path / "file" / "run")
     if os.geteuid():  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
-        with pytest.raises(DeviceError, match="cannot be written"):
+        with pytest.raises(DiskError, match="cannot be written"):
             act(tmp_path / "closed")

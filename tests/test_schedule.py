@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sft.schedule import is_due, learning_rate, plan, share_or_steps
+from sft.schedule import evaluation_steps, is_due, learning_rate, plan, share_or_steps
 
 
 def test_a_plan_locates_every_conversation_once_an_epoch() -> None:
@@ -35,6 +35,19 @@ def test_what_falls_due() -> None:
     assert [s for s in range(11) if is_due(s, 0.25, 10)] == [2, 4, 6, 8, 10]
     assert [s for s in range(11) if is_due(s, 4, 10)] == [4, 8, 10]
     assert [s for s in range(11) if is_due(s, 0, 10)] == [10]
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "steps"),
+    [
+        (0.1, 14, tuple(range(1, 15))), (0.1, 26, (3, 6, 9, 12, 15, 18, 21, 24, 26)), (0.25, 8, (2, 4, 6, 8)),
+        (0.3, 10, (3, 6, 9, 10)), (5, 12, (5, 10, 12)), (50, 12, (12,)), (0, 12, (12,)), (1, 3, (1, 2, 3)),
+    ],
+)  # fmt: skip
+def test_evaluations_fall_where_the_trainer_counts_them(every: float, total: int, steps: tuple[int, ...]) -> None:
+    """Not one a tenth of the run: of 14 steps at 0.1, each is one."""
+    assert evaluation_steps(every, total) == steps
+    assert steps == tuple(step for step in range(1, total + 1) if is_due(step, every, total))
 
 
 def rates(schedule: str, total: int = 10, **options: float) -> list[float]:

@@ -91,6 +91,7 @@ def test_template_arguments_are_given_and_named(tmp_path: Path) -> None:
     assert "(with enable_thinking=False)" in describe(result)
 
 
+@pytest.mark.usefixtures("moved_clock")
 def test_a_template_that_reads_the_clock_is_asked_as_of_the_runs_date(tmp_path: Path) -> None:
     word = "{% if strftime_now('%Y') == '1999' %}{{ 'seven' }}{% else %}{{ 'ten' }}{% endif %}"
     dated = make_chain_model(tmp_path, template=word + CHATML)
@@ -111,6 +112,7 @@ def test_a_template_that_reads_the_clock_is_asked_as_of_the_runs_date(tmp_path: 
     )
 
 
+@pytest.mark.usefixtures("moved_clock")
 def test_what_another_day_s_prompt_holds_is_what_a_stranger_gets_then(tmp_path: Path) -> None:
     """The saved template goes on reading the clock; the date alone differs, at the places that are named."""
     from datetime import datetime
@@ -140,6 +142,7 @@ def test_what_another_day_s_prompt_holds_is_what_a_stranger_gets_then(tmp_path: 
     assert then.decode(served).startswith("Yes two No<|im_start|>user")
 
 
+@pytest.mark.usefixtures("moved_clock")
 def test_a_clock_that_no_prompt_names_makes_no_difference(tmp_path: Path) -> None:
     quiet = make_chain_model(tmp_path, template="{% if false %}{{ strftime_now('%Y') }}{% endif %}" + CHATML)
     result = check_serving(quiet, [sample(quiet, "Hello")], max_new_tokens=8, pinned_date="2024-07-05")

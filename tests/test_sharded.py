@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sft.accelerator import shard_in, sharding
-from sft.config import Config
-from sft.errors import ConfigError, DeviceError
+from sft.accelerator import shard_in
+from sft.needed import lacking
 
 
 @pytest.mark.dist
@@ -29,22 +28,28 @@ def test_a_sharded_trainee_saves_and_loads_as_a_whole_one(model_folder: Path) ->
     assert result.stdout.count("mixed precision keeps float32 sums") == 2
 
 
-def test_what_fsdp_cannot_do_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def config(**optim: str) -> Config:
-        return Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "optim": optim})
+def test_what_fsdp_cannot_do_here_is_refused() -> None:
+    def said(optimizer: str = "adamw", **environ: str) -> list[str]:
+        return list(map(str, lacking(tunings=["full"], optimizers=[optimizer], environ=environ)))
 
-    with pytest.raises(DeviceError, match=r"fsdp_version: 2"):
-        sharding(config())
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ConfigError, match=r"optim\.type: adamw_8bit cannot be sharded"):
-        sharding(config(type="adamw_8bit"))
-    sharding(config())
+    first, second = (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+        {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"},
+    )
+    assert "fsdp_version: 2" in said(**first)[0]
+    assert said("adamw_8bit", **second) == [
+        "optim.type: adamw_8bit cannot be sharded by FSDP. Write optim.type: adamw."
+    ]
+    assert len(said("adamw_8bit", **first)) == 2
+    assert said(**second) == said("adamw_8bit") == []
 
 
 def test_fsdp_is_given_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for accelerate's Accelerator, which takes a plugin for FSDP only where there are GPUs."""
     monkeypatch.setenv("FSDP_VERSION", "2")
-    plugin = sharding(Config.model_validate({"model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}))
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
     assert plugin.mixed_precision_policy is None
     for precision, gathered in (("fp32", None), ("mixed", torch.bfloat16), ("bf16", None)):
         shard_in(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), precision)

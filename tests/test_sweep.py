@@ -253,8 +253,8 @@ def test_everything_killed_at_once_like_a_machine_that_loses_power():
 def test_a_full_disk_is_said_and_the_sweep_goes_on_when_there_is_room():
     """A limit on the size of files stands in for a full disk: report.html is the first that does not fit."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY)); "
-    code += "from sft.sweep import sweep; from sft.errors import DeviceError\n"
-    code += "try:\n    sweep('sweep.yaml', ['trials=2'])\nexcept DeviceError as error:\n    sys.exit(str(error))"
+    code += "from sft.sweep import sweep; from sft.errors import DiskError\n"
+    code += "try:\n    sweep('sweep.yaml', ['trials=2'])\nexcept DiskError as error:\n    sys.exit(str(error))"
     env = {**os.environ, "SWEEP_TEST": "{}"}
     full = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert full.returncode == 1
@@ -328,3 +328,44 @@ def test_help_and_errors_come_without_torch():
         "import sys, sft.sweep, sft.sweepstore, sft.sweepresults; assert not {'torch', 'transformers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LOOKS_LIKE_A_KEY = "data/sk-wikipedia-conversations.jsonl"
+MASKED = "data/***.jsonl"
+
+
+def test_trials_train_on_the_files_that_the_config_names():
+    """Written through the mask for credentials, the path would be a pattern that takes in its neighbour."""
+    Path("data").mkdir()
+    for name in (LOOKS_LIKE_A_KEY, "data/other.jsonl"):
+        Path(name).write_text('{"messages": []}\n')
+    Path("base.yaml").write_text(BASE.replace("rows.jsonl", LOOKS_LIKE_A_KEY))
+    code, _, err = run("trials=2")
+    assert code == 0, err
+    for file in ("sw/base.yaml", "sw/trials/0000.yaml", "sw/trials/0001.yaml", "sw/best.yaml"):
+        assert [source.path for source in load_config(file).config.data.train] == [LOOKS_LIKE_A_KEY], file
+    Path("sw/base.yaml").write_text(Path("sw/base.yaml").read_text().replace(LOOKS_LIKE_A_KEY, f'"{MASKED}"'))
+    code, _, err = run("trials=3")
+    assert code == 2
+    assert "sw/base.yaml: an earlier version of sft wrote data.train.0.path with a part masked" in err
+    assert "choose another dir" in err
+
+
+def test_hyperband_shares_out_the_evaluations_that_the_plan_has():
+    """14 steps at a tenth of the run are 14 evaluations, since a step is the least interval; not 10."""
+    Path("base.yaml").write_text(BASE.replace("max_steps: 8", "max_steps: 14").replace("every: 0.25", "every: 0.1"))
+    code, _, err = run("trials=3", "pruner=hyperband")
+    assert code == 0, err
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("sw/study.journal"))
+    (study,) = optuna.get_all_study_summaries(storage)
+    assert study.user_attrs["evaluations"] == 14
+    assert max(len(trial.intermediate_values) for trial in optuna.load_study(
+        study_name=study.study_name, storage=storage).trials) == 14  # fmt: skip
+
+
+def test_what_a_trial_would_lack_is_said_before_the_first(monkeypatch):
+    Path("base.yaml").write_text(BASE + "log: {trackers: [trackio]}\n")
+    code, _, err = run()
+    assert code == 2
+    assert "error: log.trackers: trackio is not installed." in err
+    assert not Path("sw").exists()

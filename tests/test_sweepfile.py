@@ -249,3 +249,22 @@ def test_what_the_command_line_sets_is_said_to_come_from_there():
 def only_of(loaded: LoadedSweep) -> Dimension:
     (dimension,) = loaded.space
     return dimension
+
+
+def test_what_any_trial_needs_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sft.needed
+
+    monkeypatch.setattr(sft.needed, "find_spec", lambda name: None)
+    space = "space:\n  optim.type: [adamw, adamw_8bit]\n  model.tuning: [lora, qlora]\n"
+    assert [str(error).split(" needs ")[0] for error in load_sweep(write(space)).lacking()] == [
+        "model.tuning: qlora", "optim.type: adamw_8bit",
+    ]  # fmt: skip
+    assert load_sweep(write()).lacking() == []
+
+
+@pytest.mark.parametrize("place", ["space:\n  model.name: [m, hf_AbCdEfGhIjKlMnOpQrSt]\n", SPACE])
+def test_no_trial_s_config_holds_a_credential(place: str) -> None:
+    overrides = () if "hf_" in place else ("log.name=hf_AbCdEfGhIjKlMnOpQrSt",)
+    said = refusal(place, overrides=overrides)
+    assert " holds a token: " in said
+    assert "AbCdEf" not in said

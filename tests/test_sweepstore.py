@@ -16,7 +16,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sft.errors import DeviceError, ResumeError
+from sft.errors import ResumeError, StorageError
 from sft.sweepfile import load_sweep
 from sft.sweepresults import train_line, write_results
 from sft.sweepstorage import JOURNAL, JournalFile, open_storage
@@ -365,11 +365,11 @@ def test_a_study_of_somebody_else_is_not_ours():
 
 def test_passwords_of_a_storage_reach_no_message():
     text = SWEEP + "storage: postgresql://me:swordfish@127.0.0.1:9/none\n"
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(StorageError) as caught:
         store(text)
     assert "swordfish" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
-    with pytest.raises(DeviceError, match=r"oracle is not supported|needs the package|cannot be used"):
+    with pytest.raises(StorageError, match=r"oracle is not supported|needs the package|cannot be used"):
         store(SWEEP + "storage: oracle://me:swordfish@127.0.0.1/none\n")
 
 
@@ -387,3 +387,16 @@ def test_what_made_the_difference():
     shares = mine.importances()
     assert shares["optim.lr"] > 0.7
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_key_that_came_later_is_no_change_while_at_its_default() -> None:
+    from sft.sweepidentity import differences
+
+    written = {"metric": "eval.loss", "config.optim.lr": "0.1"}
+    news = {"config.model.lora.dora": "false", "config.data.train.3.repeat": "1.0", "config.eval.samples": "4"}
+    assert differences(written, {**written, **news}) == []
+    assert differences(written, {**written, "config.model.lora.dora": "true"}) == ["config.model.lora.dora"]
+    assert differences({**written, **news}, written) == list(news), "one that went is a change"
+    assert differences(written, {**written, "space.optim.lr": "x", "config.optim.lr": "0.2"}) == [
+        "config.optim.lr", "space.optim.lr",
+    ]  # fmt: skip

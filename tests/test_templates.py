@@ -306,6 +306,7 @@ def test_the_digest_sees_template_arguments_and_tokens(base: Path) -> None:
 # -- the clock
 
 
+@pytest.mark.usefixtures("moved_clock")
 def test_a_template_that_reads_the_clock_is_pinned(tmp_path: Path) -> None:
     template = "{{ strftime_now('%d %b %Y, %A %H:%M') }}" + CHATML
     folder = str(make_tokenizer(tmp_path, template))

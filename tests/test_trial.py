@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sft import keeper
@@ -120,6 +121,17 @@ def kept(tmp_path):
     yield start
     for process in started:
         keeper.kill_marked(process.mark)
+
+
+def test_a_keeper_is_started_by_its_module_s_name(kept):
+    """By its path, Python would look into sft/ before the standard library, and find sft/types.py for `types`."""
+    process = kept()
+    words = psutil.Process(process._keeper.pid).cmdline()
+    assert words[1:4] == ["-m", "sft.keeper", process.mark]
+    assert keeper.is_kept(process.mark)
+    process.kill()
+    assert ended(process) == 137
+    assert not keeper.is_kept(process.mark)
 
 
 def ended(process: TrialProcess) -> int:

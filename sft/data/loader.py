@@ -64,7 +64,7 @@ def prepare(
 
     `workers`: processes beside this one; 0 none, None chosen. `say` gets a line now and then; an exception that it (or
     a signal's handler) raises ends the preparing and leaves nothing behind.
-    Raises DataError with all bad rows, or where too many were dropped or nothing is left; DeviceError for the disk.
+    Raises DataError with all bad rows, or where too many were dropped or nothing is left; DiskError for the disk.
     """
     data = config.data
     settings = encode_settings(data)

@@ -29,7 +29,7 @@ from sft.data.formats import FORMATS, detect_format
 from sft.data.heldout import content_hash
 from sft.data.readers import BadRow, Row
 from sft.data.sources import file_of, place_of, read_rows
-from sft.errors import DataError, DeviceError
+from sft.errors import DataError, WorkerError
 from sft.types import Conversation, Example, Float32Array, Int32Array, Note, Sample
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def encode_stream(
 ) -> Iterator[tuple[RowBatch, EncodedBatch]]:
     """Each batch with its result, in order. `make_encoder` must be picklable: a worker may be a fresh interpreter.
 
-    `workers` 0: in this process; None: one a core, or none for few rows. Raises DeviceError where a worker dies.
+    `workers` 0: in this process; None: one a core, or none for few rows. Raises WorkerError where a worker dies.
     """
     stream = iter(batches)
     if workers is None:
@@ -204,7 +204,7 @@ def _over_workers(
                 waiting.append((following, pool.submit(_work, following)))
             yield batch, result
     except BrokenProcessPool as error:
-        raise DeviceError(
+        raise WorkerError(
             "a process that prepares data died (killed, or out of memory?). Prepare on its own with `sft prepare`, "
             "with more memory free"
         ) from error

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.durable import NO_SPACE, flush_to_disk
-from sft.errors import DeviceError
+from sft.errors import DiskError
 from sft.types import Example, Int32Array
 
 MANIFEST, REPORT, SAMPLES, NOTES = "manifest.json", "report.json", "samples.json", "data_report.jsonl"
@@ -134,7 +134,7 @@ def clear_staged(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk, or a folder that refuses to be written, into a DeviceError."""
+    """Turns a full disk, or a folder that refuses to be written, into a DiskError."""
     try:
         yield
     except OSError as error:
@@ -142,12 +142,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in NO_SPACE:
             if folder.is_dir():
                 free = f" ({shutil.disk_usage(folder).free >> 20} MiB free)"
-            raise DeviceError(
+            raise DiskError(
                 f"no space left for prepared data in {folder}{free}: {error.strerror}. Free some, or choose another "
                 "disk for the cache"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DeviceError(
+            raise DiskError(
                 f"cannot write prepared data into {folder}: {error.strerror}. Choose another folder for the cache"
             ) from error
         raise
