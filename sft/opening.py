@@ -15,10 +15,11 @@ import torch
 
 from sft import liger
 from sft.accelerator import is_sharded_launch
+from sft.budget import Work, work_of
 from sft.checkpoint import find_resumable
 from sft.choice import scores_of, stops_early
 from sft.config import Config
-from sft.data.order import conversations_per_epoch
+from sft.data.order import conversations_per_epoch, epoch_members
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, DeviceError, ResumeError, SftError
@@ -249,6 +250,21 @@ def make_plan(config: Config, data: Prepared) -> Plan:
             "Raise repeat until it comes to at least one conversation an epoch; 1 takes each once."
         )
     return plan(number, config.batch.examples, config.train.epochs, config.train.max_steps)
+
+
+def work_of_run(config: Config, plan: Plan, data: Prepared) -> Work:
+    """What the run computes, as the same numbers on every machine. Without held-out rows there is nothing to score."""
+    train = data.train
+    members = epoch_members(train.origins_C, train.repeats_S, seed=0, epoch=0)
+    tokens_C = np.add.reduceat(train.lengths_E.astype(np.int64), train.first_examples_C)
+    held_out = data.eval
+    return work_of(
+        config,
+        total_steps=plan.total_steps,
+        tokens_per_step=float(tokens_C[members].sum()) / plan.steps_per_epoch,
+        held_out_tokens=int(held_out.lengths_E.sum()) if held_out is not None else 0,
+        prompts=[len(sample["prompt_ids"]) for sample in held_out.samples] if held_out is not None else [],
+    )
 
 
 def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:

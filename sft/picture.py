@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.budget import Evaluations
 from sft.memory import Memory, ModelShape
 from sft.schedule import Plan
 
@@ -34,6 +35,7 @@ class Picture:
     rows: int = 0  # read, where nothing could be prepared
     bad_rows: int = 0  # of these, the unreadable: a template may refuse others
     plan: Plan | None = None
+    evals: Evaluations | None = None  # where rows are held out
     device: str = ""
     precision: str = ""
     memory: Memory | None = None

@@ -244,7 +244,7 @@ class TrialRun:
     def _last_evaluation(self) -> int | None:
         """The number of the final evaluation, where the config tells: nothing is gained by pruning there."""
         every = self.loaded.base.config.eval.every
-        return round(1 / every) if 0 < every < 1 else None
+        return round(1 / every) if every != "auto" and 0 < every < 1 else None
 
     def _judge(self, outcome: Outcome) -> Finished | None:
         if outcome.state == "done":

@@ -126,7 +126,7 @@ class SweepStore:
     def __post_init__(self) -> None:
         spec = self.loaded.spec
         every = self.loaded.base.config.eval.every
-        self.evaluations = round(1 / every) if 0 < every < 1 else None
+        self.evaluations = round(1 / every) if every != "auto" and 0 < every < 1 else None
         self.base = base_values(self.loaded.space, self.loaded.base.config)
         with self.guard():
             self.study = optuna.create_study(

@@ -23,9 +23,9 @@ FLOORS: dict[float, str] = {
     "hush versions data.jsontext data.control data.proof",
     0.8: "longattention",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
-    1.1: "schedule",
-    1.2: "liger advice choice meeting configkeys unread hub",
-    1.3: "resume",
+    1.1: "schedule phases",
+    1.2: "liger advice choice meeting configkeys unread hub budget progress",
+    1.3: "resume timeleft",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
@@ -35,7 +35,7 @@ FLOORS: dict[float, str] = {
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
-    4.2: "picture pieces",
+    4.2: "picture pieces savedweights",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.2: "shortage",

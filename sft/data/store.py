@@ -234,6 +234,11 @@ class Split:
         trained: Int32Array = self._store.arrays["trained"][self._index_E]
         return trained
 
+    @property
+    def first_examples_C(self) -> NDArray[np.int64]:
+        """The first example of each conversation."""
+        return self._starts_C[:-1]
+
     def conversation_examples(self, conversation: int) -> range:
         """The examples of a conversation."""
         return range(int(self._starts_C[conversation]), int(self._starts_C[conversation + 1]))
