@@ -145,6 +145,11 @@ class Console:
 
         yield tell
 
+    def refresh(self) -> None:
+        """Draws the live line now, rather than with its next tenth of a second."""
+        if self._progress is not None:
+            self._progress.refresh()
+
     def _head(self, step: int) -> str:
         return f"step {step}/{self._total}"
 

@@ -24,6 +24,7 @@ from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, DeviceError, ResumeError, SftError
 from sft.gguf import gguf_file
+from sft.phases import PHASES
 from sft.resume import RunState, check_continuation, check_names, differences, fingerprint, length_of, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -170,6 +171,14 @@ def _end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int
             "--fresh (the old run is moved aside)."
         )
     return None
+
+
+def time_until(folder: RunFolder, state: RunState) -> dict[str, float]:
+    """Seconds of each phase until the checkpoint, and what came after it where the run then ended or was stopped."""
+    told = [event for event in MetricsLog(folder.metrics).read() if event["event"] == "time"]
+    if state.step == 0 or not told or told[-1].get("step") != state.step:
+        return state.phases
+    return {phase: float(told[-1].get(phase) or 0.0) for phase in PHASES}
 
 
 def warmup_steps(config: Config, total_steps: int, recorded: Mapping[str, Any] | None) -> int:

@@ -37,6 +37,7 @@ from sft.opening import (
     open_run,
     pinned_date,
     run_fingerprint,
+    time_until,
 )
 from sft.optim import set_learning_rate
 from sft.phases import Phases
@@ -135,7 +136,7 @@ def _train(
             failures_noted(folder),
             Console(enabled=is_first, total_steps=plan.total_steps, first_step=opening.state.step) as console,
         ):
-            phases.continue_from(opening.state.phases)
+            phases.continue_from(time_until(folder, opening.state))
             with loading_explained(config, accelerator.device), console.phase("loading the model"):
                 session = open_session(
                     loaded,
