@@ -28,7 +28,9 @@ def work(steps: int = 1000, tokens: float = 10_000, held_out: int = 50_000, prom
 def test_a_long_run_is_evaluated_ten_times_with_four_samples() -> None:
     chosen = decide(config(), work())
     assert (chosen.every_steps, chosen.samples, chosen.served, chosen.served_tokens) == (100, 4, 4, 256)
-    assert told(chosen, config(), work())[0].startswith("eval.every: auto → every 100 steps (11 evaluations, at most 3 %")
+    assert told(chosen, config(), work())[0].startswith(
+        "eval.every: auto → every 100 steps (11 evaluations, at most 3 %"
+    )
 
 
 def test_a_short_run_has_a_curve_before_it_has_many_samples() -> None:

@@ -146,7 +146,7 @@ print(json.dumps({"run": at_end["run"], "all": peak()}))
 """
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_end_of_a_run_takes_no_more_memory_than_the_run(tmp_path: Path, tuning: str) -> None:
     """A base of 200 MB under an adapter: a second one would show. The best checkpoint is not the last."""
     from conftest import make_tokenizer
