@@ -18,8 +18,8 @@ SHARE = 0.1
 """Of the run's computed tokens: what evaluations, samples and the serving check may cost together."""
 TRAINED_COST = {"full": 3.0, "lora": 2.0, "qlora": 2.0}
 """Of a token that is trained: forward, backward to the activations and, in a full finetune, to the weights."""
-GENERATED_COST = 8.0
-"""Of a generated token, measured with SmolLM2-135M on two CPU cores, four prompts at a time (docs/BENCHMARKS.md)."""
+GENERATED_COST = 10.0
+"""Of a generated token, measured with SmolLM2-135M on a CPU, four prompts at a time (docs/BENCHMARKS.md)."""
 MOST_EVALUATIONS, ENOUGH_EVALUATIONS = 10, 4
 MOST_SAMPLES = 4
 SERVED_PROMPTS, SERVED_TOKENS = 4, 256

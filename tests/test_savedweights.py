@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from sft.savedweights import let_go, load_into, saved_equals_live
 from sft.trainee import Trainee
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 
 
 def adapted(base: Path, seed: int, **options: Any) -> Trainee:
@@ -29,7 +32,7 @@ def adapted(base: Path, seed: int, **options: Any) -> Trainee:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return Trainee(model, compute_dtype=torch.float32)
+    return Trainee(model, compute_dtype=torch.float32, autocast=False)
 
 
 def answer(trainee: Trainee) -> torch.Tensor:
@@ -60,7 +63,7 @@ def test_whole_weights_are_put_back_and_compared(tmp_path: Path, tie: bool) -> N
         for parameter in best.parameters():
             parameter.mul_(1.5)
     best.save_pretrained(tmp_path / "best")
-    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32)
+    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32, autocast=False)
     assert not saved_equals_live(live, tmp_path / "best")
     assert load_into(live, tmp_path / "best")
     ids = torch.arange(5, 30)[None]
@@ -72,7 +75,7 @@ def test_controls_one_weight_changed_missing_or_too_many(tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     base = make_model(tmp_path / "base", tie=False)
-    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32)
+    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32, autocast=False)
     assert saved_equals_live(live, base)
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -93,7 +96,7 @@ def test_rounded_to_the_dtype_of_the_file_they_are_equal(tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     base = make_model(tmp_path / "base", tie=False)
-    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32)
+    live = Trainee(AutoModelForCausalLM.from_pretrained(base), compute_dtype=torch.float32, autocast=False)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     assert saved_equals_live(live, tmp_path / "half")
 
