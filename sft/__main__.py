@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,6 +25,7 @@ from sft.hush import hush_progress_bars
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
 
+STARTED = time.monotonic()
 SAID_ELSEWHERE_SECONDS = 1.0
 app = typer.Typer(
     name="sft",
@@ -225,7 +227,7 @@ def train(
     loaded = load(config, overrides)
     from sft.train import train
 
-    return train(loaded, fresh=fresh, allow_change=list(allow_change or ()))
+    return train(loaded, fresh=fresh, allow_change=list(allow_change or ()), started=STARTED)
 
 
 @app.command(rich_help_panel=TRAINING)

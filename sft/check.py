@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.advice import advice_on_steps, beyond_context, kept_nulls, unread_arguments, unread_template
+from sft.budget import decide, told
 from sft.checkmachine import (
     look_at_disk,
     look_at_memory,
@@ -227,7 +228,7 @@ def _duplicates(prepared: Prepared) -> Iterator[str]:
 
 
 def look_at_steps(picture: Picture) -> None:
-    from sft.opening import make_plan
+    from sft.opening import make_plan, work_of_run
 
     if picture.prepared is None:
         return
@@ -236,6 +237,10 @@ def look_at_steps(picture: Picture) -> None:
     except DataError as error:
         picture.problems.append(str(error))
         return
+    if picture.prepared.eval is not None:
+        work = work_of_run(picture.config, picture.plan, picture.prepared)
+        picture.evals = decide(picture.config, work)
+        picture.notes += told(picture.evals, picture.config, work)
     conversations = picture.prepared.train.num_conversations
     picture.warnings += advice_on_steps(picture.config, picture.plan, conversations)
 

@@ -158,9 +158,9 @@ def steps_line(picture: Picture) -> str:
         f"{total:,} of {plan.conversations_per_step} conversations, about {tokens:,.0f} tokens each; "
         f"{epochs:g} epoch{'s' * (epochs != 1)} of {plan.steps_per_epoch:,}"
     )
-    evaluation = share_or_steps(config.eval.every, total)
     save = share_or_steps(config.save.every, total)
-    line += f"; evaluation every {evaluation:,}" if evaluation and picture.report.get("eval") else ""
+    evaluation = picture.evals.every_steps if picture.evals else 0
+    line += f"; evaluation every {evaluation:,}" if evaluation else ""
     return line + (f"; checkpoint every {save:,}" if save else "; one checkpoint, at the end")
 
 

@@ -258,10 +258,10 @@ class Train(Section):
 class Eval(Section):
     """Evaluations: at the start, along the way, at the end."""
 
-    every: ShareOrSteps = 0.1
-    """Below 1: a share of the run; else steps; 0: only at the start and the end."""
-    samples: Annotated[int, Field(ge=0)] = 4
-    """Held-out prompts answered at each evaluation."""
+    every: Auto | ShareOrSteps = "auto"
+    """Below 1: a share of the run; else steps; 0: only at the start and the end. auto: up to ten times, in a tenth."""
+    samples: Auto | Annotated[int, Field(ge=0)] = "auto"
+    """Held-out prompts answered at each evaluation. auto: up to 4, as far as a tenth of the run's tokens goes."""
     max_new_tokens: Positive = 128
     """Length of those answers, at most."""
 

@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 30.0
 """At least, between two lines of progress where there is no terminal."""
+WORTH_A_LINE_SECONDS = 5.0
+"""What is over sooner is not announced where there is no terminal."""
+
+Tick = Callable[[int], None]
+"""Told how much is done."""
 
 
 def open_streams() -> None:
@@ -52,17 +59,19 @@ class Console:
     def __enter__(self) -> Console:
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
             self._progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=RichConsole(stderr=True),
             )
             self._progress.start()
-            self._task = self._progress.add_task("train", total=self._total, completed=self._first, numbers="")
+            self._task = self._progress.add_task(
+                self._head(self._first), total=self._total, completed=self._first, numbers="", left=""
+            )
         return self
 
     def __exit__(
@@ -81,15 +90,73 @@ class Console:
         else:
             speak(text)
 
-    def step(self, event: dict[str, Any]) -> None:
+    def step(self, event: dict[str, Any], seconds_left: float) -> None:
         """Moves the live line to a train event; without a terminal, says it in a line of its own where one is due:
         at the first event, every PLAIN_SECONDS, and at the last step."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=event["step"], numbers=numbers(event))
+            self._progress.update(
+                self._task, description=self._head(event["step"]), completed=event["step"], numbers=numbers(event),
+                left=about_left(seconds_left),
+            )  # fmt: skip
         elif time.monotonic() >= self._next_line or event["step"] >= self._total:
             self._next_line = time.monotonic() + PLAIN_SECONDS
-            left = timedelta(seconds=round(event["seconds"] / event["step"] * (self._total - event["step"])))
-            self.say(f"step {event['step']}/{self._total}  {numbers(event)}  about {left} left")
+            self.say(f"step {event['step']}/{self._total}  {numbers(event)}  {about_left(seconds_left)}")
+
+    @contextmanager
+    def phase(self, what: str, total: int | None = None, expected: float | None = None) -> Iterator[Tick]:
+        """While something long goes on: a live line below that of the steps. Without a terminal, a line as it begins,
+        unless it is `expected` to be over in a moment, and one now and then.
+
+        `total`: how far it goes, where that is known; what is given takes the number that is done. `expected`: seconds,
+        from the last time.
+        """
+        if not self._enabled:
+            yield lambda done: None
+            return
+        started = time.monotonic()
+
+        def left(done: int) -> str:
+            passed = time.monotonic() - started
+            if total and done:
+                return about_left(passed / done * max(0, total - done))
+            return "" if expected is None else about_left(max(0.0, expected - passed))
+
+        if self._progress is not None:
+            progress = self._progress
+            task = progress.add_task(what, total=total, numbers=f"0/{total:,}" if total else "", left=left(0))
+
+            def move(done: int) -> None:
+                progress.update(task, completed=done, numbers=f"{done:,}/{total:,}" if total else "", left=left(done))
+
+            try:
+                yield move
+            finally:
+                progress.remove_task(task)
+            return
+        next_line = started + PLAIN_SECONDS
+        if expected is None or expected >= WORTH_A_LINE_SECONDS:
+            self.say(f"{what} …{f'  {left(0)}' if expected is not None else ''}")
+
+        def tell(done: int) -> None:
+            nonlocal next_line
+            if time.monotonic() >= next_line:
+                next_line = time.monotonic() + PLAIN_SECONDS
+                self.say(f"{what}: {done:,}{f'/{total:,}' if total else ''}  {left(done)}".rstrip())
+
+        yield tell
+
+    def refresh(self) -> None:
+        """Draws the live line now, rather than with its next tenth of a second."""
+        if self._progress is not None:
+            self._progress.refresh()
+
+    def _head(self, step: int) -> str:
+        return f"step {step}/{self._total}"
+
+
+def about_left(seconds: float) -> str:
+    """`about 0:01:30 left`"""
+    return f"about {timedelta(seconds=round(seconds))} left"
 
 
 def numbers(event: dict[str, Any]) -> str:

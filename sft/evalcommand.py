@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.budget import MOST_SAMPLES
 from sft.errors import EXIT_DONE, ConfigError, ModelError
 from sft.hush import hush_libraries
 from sft.runcard import run_of
@@ -70,7 +71,8 @@ def measure(loaded: LoadedConfig, model: str, *, say: Any) -> dict[str, Any]:
         trainee, prepared.eval, bundle, state.device,
         rank=state.process_index, ranks=state.num_processes, micro_tokens=micro_tokens, flat_rows=flat_rows,
     )  # fmt: skip
-    samples = prepared.eval.samples[: config.eval.samples] if state.is_main_process else []
+    wanted = MOST_SAMPLES if config.eval.samples == "auto" else config.eval.samples
+    samples = prepared.eval.samples[:wanted] if state.is_main_process else []
     dtype = str(trainee.causal.get_input_embeddings().weight.dtype).removeprefix("torch.")
     answers = answer(trainee, bundle, samples, state.device, config.eval.max_new_tokens)
     leave()

@@ -9,39 +9,46 @@ from typing import Any
 
 import torch
 
+from sft.budget import SERVED_PROMPTS
 from sft.checkpoint import complete_checkpoints, publish_folder, step_of, verify
 from sft.choice import best_step, direction
 from sft.distributed import from_first_rank, wait_for_all
 from sft.durable import finite, read_json, write_json, write_text
 from sft.errors import EXIT_DONE, ResumeError
 from sft.runcard import run_card
+from sft.savedweights import free_training_memory, let_go, load_into, saved_equals_live
 from sft.serving import check_serving, describe
 from sft.session import Session
-
-SERVING_SAMPLES = 4
 
 
 def finish(session: Session, *, reason: str) -> None:
     """Writes what remains of a run. A collective where the model is sharded. `reason`: why it ended early, or ""."""
     best = _best_step(session)
+    free_training_memory(session.job)  # what follows needs no more host memory than the run did
     rounded = _round_as_saved(session) if best is None else None
-    weights = session.trained_weights(copy=False) if best is None else {}
+    final, staging = session.folder.final, session.folder.path / ".staging-final"
+    with session.progress.phase("saving", "writing final/"):
+        weights = session.trained_weights(copy=False) if best is None else {}
+        is_live = best is None
+        if session.job.is_first:
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+            if best is None:
+                session.write_model(staging, weights, dtype=_saved_dtype(session))
+            else:
+                is_live = _write_best(session, session.folder.checkpoints / f"step-{best:08d}" / "model", staging)
+        del weights
     if session.job.is_first:
-        final, staging = session.folder.final, session.folder.path / ".staging-final"
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
-        if best is None:
-            session.write_model(staging, weights, dtype=_saved_dtype(session))
-        else:
-            _write_best(session, session.folder.checkpoints / f"step-{best:08d}" / "model", staging)
         serving = {
-            **_serve(session, staging, live=best is None),
+            **_serve(session, staging, is_live=is_live),
             "step": best or session.state.step,
             "rounded": rounded,
         }
         write_json(session.folder.path / "serving.json", serving)
         session.say(f"serving check: {describe(serving)}")
+        session.progress.phases.enter("saving")
         write_text(staging / "README.md", run_card(session.folder.path) or "")
         publish_folder(staging, final)
+        session.record_time()
         session.folder.write_status("done", code=EXIT_DONE, reason=reason, step=session.state.step)
         session.say(f"done: {final}, {_report(session.folder.path)}")
     wait_for_all()
@@ -108,15 +115,21 @@ def _best_whole(session: Session, metric: str, scores: dict[int, float]) -> int 
     return best
 
 
-def _write_best(session: Session, model_folder: Path, target: Path) -> None:
-    """final/ from a checkpoint's model/, which is the same but for the dtype of a full finetune."""
+def _write_best(session: Session, model_folder: Path, target: Path) -> bool:
+    """final/ from a checkpoint's model/, which is the same but for the dtype of a full finetune. Whether the live model
+    holds those weights then: they are put there, so that no second model is loaded."""
+    is_live = not session.job.is_sharded and load_into(session.job.trainee, model_folder)
     if session.config.model.tuning != "full":
         shutil.copytree(model_folder, target)
-        return
-    from sft.model import load_base
+        return is_live
+    if is_live:
+        weights = session.trained_weights(copy=False)
+    else:
+        from sft.model import load_base
 
-    weights = load_base(str(model_folder), dtype="auto").state_dict()
-    session.write_model(target, {name: t.detach() for name, t in weights.items()}, dtype=_saved_dtype(session))
+        weights = {name: t.detach() for name, t in load_base(str(model_folder), dtype="auto").state_dict().items()}
+    session.write_model(target, weights, dtype=_saved_dtype(session))
+    return is_live
 
 
 def _saved_dtype(session: Session) -> torch.dtype | None:
@@ -127,25 +140,32 @@ def _saved_dtype(session: Session) -> torch.dtype | None:
     return dtype
 
 
-def _serve(session: Session, final: Path, *, live: bool) -> dict[str, Any]:
-    """Through the saved folder as a stranger loads it. On CUDA the live weights answer, to spare the memory, where
-    they are the ones that were saved."""
-    samples = session.data.eval.samples[:SERVING_SAMPLES] if session.data.eval is not None else []
-    spare = live and session.job.device.type == "cuda" and not session.job.is_sharded
-    model = session.job.trainee.model if spare else None
-    if session.job.is_sharded:
-        samples = []
-    with torch.autocast(
-        session.job.device.type,
-        session.job.trainee.compute_dtype,
-        enabled=model is not None and session.job.trainee.autocast,
-    ):
-        return check_serving(
-            final,
-            samples,
-            max_new_tokens=max(256, session.config.eval.max_new_tokens),
-            model=model,
-            template_args=session.config.data.template_args,
-            pinned_date=read_json(session.folder.environment)["date"],
-            trust_remote_code=session.config.model.trust_remote_code,
-        )
+def _serve(session: Session, final: Path, *, is_live: bool) -> dict[str, Any]:
+    """Through the saved folder as a stranger has it: its tokenizer, its template, its stops.
+
+    On a CPU the model is the folder's own, loaded after the live one has gone. On a GPU, where there may be no room for
+    the base in 16 bits, the live weights answer, after each of them was compared with what the folder's files hold.
+    """
+    job, samples = session.job, session.data.eval.samples if session.data.eval is not None else []
+    samples = [] if job.is_sharded else samples[:SERVED_PROMPTS]
+    model = None
+    with session.progress.phase("serving_check", "checking that what is served is what was trained") as tick:
+        if job.device.type != "cpu" and is_live and samples and saved_equals_live(job.trainee, final):
+            model = job.trainee.model
+        elif samples:
+            let_go(job.trainee)
+        with torch.autocast(
+            job.device.type, job.trainee.compute_dtype, enabled=model is not None and job.trainee.autocast
+        ):
+            return check_serving(
+                final,
+                samples,
+                max_new_tokens=session.evals.served_tokens,
+                answered=session.evals.served,
+                model=model,
+                device=job.device,
+                template_args=session.config.data.template_args,
+                pinned_date=read_json(session.folder.environment)["date"],
+                trust_remote_code=session.config.model.trust_remote_code,
+                tick=tick,
+            )

@@ -269,6 +269,9 @@ def _training_sections(seen: DataGlance, trained: int) -> Iterator[str]:
     yield _said(f"  epochs: {epochs}", steps)
     if suggest_eval(seen):
         yield ""
+        yield "eval:"
+        yield _said("  every: auto", "with samples and the serving check, a tenth of the run; or a share, or steps")
+        yield ""
         yield "save:"
         yield _said("  best: eval.loss", "final/ is the best checkpoint; null: the last")
 

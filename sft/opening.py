@@ -10,16 +10,21 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sft import liger
+from sft.budget import Work, work_of
 from sft.checkpoint import find_resumable
 from sft.choice import scores_of, stops_early
 from sft.config import Config
-from sft.data.order import conversations_per_epoch
+from sft.data.order import conversations_per_epoch, epoch_members
+from sft.devices import training_device
 from sft.distributed import from_first_rank, gather
 from sft.durable import check_writable, read_json
 from sft.errors import DataError, LaunchError, ResumeError, SftError, error_named
 from sft.gguf import gguf_file
 from sft.needed import is_sharded_launch
+from sft.phases import PHASES
 from sft.resume import RunState, check_continuation, check_names, differences, fingerprint, length_of, named_only
 from sft.runfolder import MetricsLog, RunFolder
 from sft.runlock import RunLock
@@ -199,6 +204,14 @@ def end_without_checkpoints(config: Config, folder: RunFolder, total_steps: int)
     return None
 
 
+def time_until(folder: RunFolder, state: RunState) -> dict[str, float]:
+    """Seconds of each phase until the checkpoint, and what came after it where the run then ended or was stopped."""
+    told = [event for event in MetricsLog(folder.metrics).read() if event["event"] == "time"]
+    if state.step == 0 or not told or told[-1].get("step") != state.step:
+        return state.phases
+    return {phase: float(told[-1].get(phase) or 0.0) for phase in PHASES}
+
+
 def warmup_steps(config: Config, total_steps: int, before: RunState | None) -> int:
     """Steps of warm-up. `before`: the state of the checkpoint that is continued from, if any.
 
@@ -277,6 +290,21 @@ def make_plan(config: Config, data: Prepared) -> Plan:
             "Raise repeat until it comes to at least one conversation an epoch; 1 takes each once."
         )
     return plan(number, config.batch.examples, config.train.epochs, config.train.max_steps)
+
+
+def work_of_run(config: Config, plan: Plan, data: Prepared) -> Work:
+    """What the run computes, as the same numbers on every machine. Without held-out rows there is nothing to score."""
+    train = data.train
+    members = epoch_members(train.origins_C, train.repeats_S, seed=0, epoch=0)
+    tokens_C = np.add.reduceat(train.lengths_E.astype(np.int64), train.first_examples_C)
+    held_out = data.eval
+    return work_of(
+        config,
+        total_steps=plan.total_steps,
+        tokens_per_step=float(tokens_C[members].sum()) / plan.steps_per_epoch,
+        held_out_tokens=int(held_out.lengths_E.sum()) if held_out is not None else 0,
+        prompts=[len(sample["prompt_ids"]) for sample in held_out.samples] if held_out is not None else [],
+    )
 
 
 def run_fingerprint(config: Config, data: Prepared, bundle: TokenizerBundle, total_steps: int) -> dict[str, Any]:

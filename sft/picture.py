@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.budget import Evaluations
 from sft.memory import Memory, ModelShape
 from sft.schedule import Plan
 
@@ -36,6 +37,7 @@ class Picture:
     bad_rows: int = 0  # of these, the unreadable: a template may refuse others
     bad_kinds: list[dict[str, Any]] = field(default_factory=list)  # bad rows by kind: {rows, where, first, detail}
     plan: Plan | None = None
+    evals: Evaluations | None = None  # where rows are held out
     device: str = ""
     precision: str = ""
     memory: Memory | None = None

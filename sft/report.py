@@ -19,6 +19,7 @@ from typing import Any
 from sft.durable import read_json, write_text
 from sft.errors import ConfigError
 from sft.pages import count, render_page
+from sft.phases import PHASES
 from sft.resume import changes_of, told
 from sft.runfolder import RunFolder, read_events
 from sft.secrets import mask_secrets
@@ -73,6 +74,7 @@ def run_page(folder: Path) -> str:
         title=mask_secrets(values.get("model.name", "").strip("'\"")),
         subtitle=subtitle(values, environment.get("resolved", {}).get("trained_parameters")),
         summary=summarize(events),
+        times=times(events),
         changes=[mask_secrets(told(change)) for change in changes_of(events)],
         samples=samples_by_prompt(events),
         report=data,
@@ -191,6 +193,21 @@ def summarize(events: Sequence[Event]) -> Summary:
         tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
         resumes=sum(event.get("event") == "resume" for event in events),
     )
+
+
+def times(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """Where the time went as the newest `time` event has it: {phase, seconds, share}, each phase that took some; []
+    where no process of the run has come to an end or a stop."""
+    last: Event = {}
+    for event in events:
+        last = event if event.get("event") == "time" else last
+    taken = {phase: float(last.get(phase) or 0.0) for phase in PHASES}
+    whole = sum(taken.values())
+    return [
+        {"phase": phase.replace("_", " "), "seconds": seconds, "share": seconds / whole}
+        for phase, seconds in taken.items()
+        if seconds > 0
+    ]
 
 
 def subtitle(values: Mapping[str, str], trained_parameters: int | None = None) -> str:

@@ -46,6 +46,7 @@ class RunState:
     resolved: dict[str, Any] = field(default_factory=dict)
     consents: list[dict[str, Any]] = field(default_factory=list)
     length: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of each, until this checkpoint
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

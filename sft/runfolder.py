@@ -121,7 +121,7 @@ class MetricsLog:
 
         Returns the number of damaged lines.
         """
-        kept = [event for event in read_events(self._path) if event.get("step", 0) <= step]
+        kept = [event for event in read_events(self._path) if _stays(event, step)]
         damaged = sum(event is None for event in _lines(self._path))
         aside = self._path.with_suffix(".tmp")
         with open(aside, "w", encoding="utf-8") as stream:
@@ -155,6 +155,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
             except ValueError:  # not JSON, or not UTF-8
                 event = None
             yield event if isinstance(event, dict) and "event" in event else None
+
+
+def _stays(event: Mapping[str, Any], step: int) -> bool:
+    """Whether an event is of what the checkpoint of `step` holds. How long the run took until then is told anew."""
+    at = event.get("step", 0)
+    return bool(at < step or (at == step and event["event"] != "time"))
 
 
 def _brief(text: str, most: int = 10_000) -> str:

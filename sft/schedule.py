@@ -74,6 +74,16 @@ def evaluation_steps(every: float, total_steps: int) -> tuple[int, ...]:
     return (*range(interval, total_steps, interval), total_steps)
 
 
+def due_steps_left(step: int, every: float, total_steps: int) -> int:
+    """How many of the steps after `step` are due, as `is_due` has it."""
+    if step >= total_steps:
+        return 0
+    interval = share_or_steps(every, total_steps)
+    if interval == 0:
+        return 1
+    return total_steps // interval - step // interval + (total_steps % interval > 0)
+
+
 def learning_rate(
     step: int,
     *,

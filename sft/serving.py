@@ -6,7 +6,7 @@ by itself at a token that the saved generation config names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,25 @@ def check_serving(
     samples: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 256,
+    answered: int | None = None,
     model: Any = None,
+    device: Any = None,
     template_args: Mapping[str, Any] | None = None,
     pinned_date: str | None = None,
     trust_remote_code: bool = False,
+    tick: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Checks `folder` on held-out samples and returns what came of it, as plain values.
 
     A sample holds `source`, `messages` and `tools` (or a string `prompt`), and the `prompt_ids` of training. Messages
     are given to the template as training gave them: where it reads content as a list of parts, in parts. `model`
-    spares loading the weights a second time: tokenizer and generation config come from the folder in any case.
+    spares loading the weights a second time, onto `device`: tokenizer and generation config come from the folder in
+    any case. `answered`: how many of the prompts the model answers; the ids of all of them are compared. `tick` is told
+    how many tokens the answers have.
     `template_args` are what training gave to the template; a stranger has to give them too, so the result names them.
     `pinned_date` is the ISO date that the run told to templates which read the clock.
 
-    Keys: passed, checked, ids_equal, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
+    Keys: passed, checked, ids_equal, answered, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
     template_args, date (None unless the template reads the clock), another_day (what a stranger's prompt holds in
     place of training's on a later date; None where no prompt differs), mismatches, answers, excepted (prompts whose
     text spells a control token: a stranger's tokenizer turns that text into the token, training did not).
@@ -71,12 +76,15 @@ def check_serving(
     weights = "folder" if model is None else "live"
     if samples and model is None:
         model = load_as_stranger(folder, trust_remote_code=trust_remote_code)
-    answers = _answers(model, tokenizer, samples, stop_ids, max_new_tokens) if samples else []
+        model = model if device is None else model.to(device)
+    asked = samples[:answered]
+    answers = _answers(model, tokenizer, asked, stop_ids, max_new_tokens, tick) if asked else []
     stopped = sum(answer["stopped"] for answer in answers)
     return {
-        "passed": bool(samples) and not mismatches and stopped == len(samples),
+        "passed": bool(samples) and not mismatches and stopped == len(asked),
         "checked": len(samples),
         "ids_equal": len(samples) - len(mismatches) - len(excepted),
+        "answered": len(asked),
         "stopped": stopped,
         "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
         "max_new_tokens": max_new_tokens,
@@ -115,7 +123,8 @@ def describe(result: Mapping[str, Any]) -> str:
             f"the saved folder gives {first['served']!r}"
         )
     ended = (
-        f"{result['stopped']} of {checked} greedy answers end by themselves within {result['max_new_tokens']} tokens"
+        f"{result['stopped']} of {result.get('answered', checked)} greedy answers end by themselves within "
+        f"{result['max_new_tokens']} tokens"
     )
     if not result["stop_tokens"]:
         ended += " (the saved generation config names no stop token)"
@@ -239,11 +248,16 @@ def shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _answers(
-    served: Any, tokenizer: Any, samples: Sequence[Mapping[str, Any]], stop_ids: Sequence[int], max_new_tokens: int
+    served: Any,
+    tokenizer: Any,
+    samples: Sequence[Mapping[str, Any]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    tick: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
     prompts = [list(sample["prompt_ids"]) for sample in samples]
     with inference_mode_of(served):
-        completions = complete(served, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+        completions = complete(served, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, tick=tick)
     return [
         {"source": sample["source"], "completion": completion.text[:SHOWN], "stopped": completion.stopped}
         for sample, completion in zip(samples, completions, strict=True)

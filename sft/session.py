@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft import compiling, liger, setup
+from sft import budget, compiling, liger, setup
 from sft.accelerator import shard_in
 from sft.batches import Join
+from sft.budget import Evaluations, Work, decide, kept
 from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
 from sft.config import Config
@@ -25,12 +26,15 @@ from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, metrics, score_hidden
 from sft.generate import answer_samples
 from sft.model import resolve_precision
-from sft.opening import Opening, cut_metrics, on_first_rank
+from sft.opening import Opening, cut_metrics, on_first_rank, work_of_run
 from sft.optim import load_state_by_name, state_by_name, whole
+from sft.phases import describe
+from sft.progress import Progress
 from sft.resume import RunState
 from sft.runfolder import MetricsLog, RunFolder
-from sft.schedule import Plan, peak_learning_rate
+from sft.schedule import Plan, due_steps_left, peak_learning_rate
 from sft.space import check_space
+from sft.timeleft import seconds_left
 from sft.trainee import loss_sum
 from sft.versions import versions
 from sft.weightfiles import base_dtype, write_dtype
@@ -52,7 +56,35 @@ class Session:
     state: RunState  # replaced after every step
     metrics: MetricsLog
     store: CheckpointStore
-    say: Callable[[str], None]
+    progress: Progress
+    evals: Evaluations
+    work: Work
+    began: RunState  # as this process found it
+
+    def say(self, text: str) -> None:
+        self.progress.console.say(text)
+
+    # Time ----------------------------------------------------------------------------------------------------------
+
+    def seconds_left(self) -> float:
+        """Evaluations, samples, saves and the serving check included."""
+        step, total = self.state.step, self.job.plan.total_steps
+        done = self.state.seconds - self.began.seconds, step - self.began.step
+        return seconds_left(
+            step,
+            work=self.work,
+            chosen=self.evals,
+            saves_left=due_steps_left(step, self.config.save.every, total),
+            step_seconds=done[0] / max(1, done[1]),
+            last=self.progress.phases.last,
+        )
+
+    def record_time(self) -> None:
+        """Where the time went, at the end or a stop of the run: into metrics.jsonl and on the console."""
+        seconds = self.progress.phases.seconds()
+        total = round(sum(seconds.values()), 3)
+        self.metrics.append({"event": "time", "step": self.state.step, **seconds, "total": total})
+        self.say(f"time: {describe(seconds)}")
 
     # Scores and samples ------------------------------------------------------------------------------------------
 
@@ -65,11 +97,10 @@ class Session:
         """
         split = self.data.eval
         assert split is not None
-        scores = self.score_held_out(asked_to_stop)
+        scores = self.score_held_out(asked_to_stop, f"step {step}: evaluating, in micro-batches")
         if scores is None:
             return None
-        with compiling.scoring(self.job.trainee, self.job.resolved[compiling.KEY]):
-            samples = self._samples(split.samples[: self.config.eval.samples])
+        samples = self._samples(split.samples[: self.evals.samples])
         if self.job.is_first:
             self.metrics.append({"event": "eval", "step": step, **scores})
             if samples:
@@ -80,15 +111,21 @@ class Session:
             )
         return scores
 
-    def score_held_out(self, asked_to_stop: Callable[[], bool] = lambda: False) -> dict[str, float | int | None] | None:
+    def score_held_out(
+        self, asked_to_stop: Callable[[], bool] = lambda: False, what: str = "evaluating"
+    ) -> dict[str, float | int | None] | None:
         """The weights as they are, on the held-out split, each row once across ranks. None where a rank is to stop."""
         job, split = self.job, self.data.eval
         assert split is not None
         total_6 = zeros_64(6, job.device)
         join = Join(job.flat_rows, job.pad_id)
-        with compiling.scoring(job.trainee, job.resolved[compiling.KEY]):
-            lengths = [int(n) for n in split.lengths_E]
-            for members in eval_plan(lengths, rank=job.rank, ranks=job.world, micro_tokens=job.micro_tokens):
+        lengths = [int(n) for n in split.lengths_E]
+        parts = list(eval_plan(lengths, rank=job.rank, ranks=job.world, micro_tokens=job.micro_tokens))
+        with (
+            self.progress.phase("evaluation", what, len(parts)) as tick,
+            compiling.scoring(job.trainee, job.resolved[compiling.KEY]),
+        ):
+            for done, members in enumerate(parts, 1):
                 batch = to_device(join([split.example(e) for e in members]), job.device)
 
                 def score(features: torch.Tensor, head: Any, batch: Any = batch) -> torch.Tensor:
@@ -97,20 +134,26 @@ class Session:
                 add_to(total_6, loss_sum(job.trainee, job.trainee, batch, score))
                 if any(sum_over_ranks([float(asked_to_stop())], job.device)):
                     return None
+                tick(done)
         return metrics(EvalSums(*sum_over_ranks(total_6.tolist(), job.device)))
 
     def _samples(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Greedy answers; a sharded model needs all ranks for them, else rank 0 alone writes them."""
-        job = self.job
+        job, most = self.job, self.config.eval.max_new_tokens
         if not samples or not (job.is_first or job.is_sharded):
             return []
-        with torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast):
+        with (
+            self.progress.phase("samples", f"answering {len(samples)} held-out prompts, in tokens", most) as tick,
+            compiling.scoring(job.trainee, job.resolved[compiling.KEY]),
+            torch.autocast(job.device.type, job.trainee.compute_dtype, enabled=job.trainee.autocast),
+        ):
             return answer_samples(
                 job.trainee.model,
                 self.bundle.tokenizer,
                 samples,
                 stop_ids=self.bundle.stop_ids,
-                max_new_tokens=self.config.eval.max_new_tokens,
+                max_new_tokens=most,
+                tick=tick,
             )
 
     def scores(self, metric: str) -> dict[int, float]:
@@ -137,6 +180,10 @@ class Session:
         `best`: the step whose checkpoint stays from then on, whatever its age. After the last step nothing moves a
         weight, so they are written from where they are, without a copy.
         """
+        with self.progress.phase("saving", f"step {self.state.step}: saving a checkpoint"):
+            self._save(best, is_last=is_last)
+
+    def _save(self, best: int | None, *, is_last: bool) -> None:
         job = self.job
         weights = self.trained_weights(copy=not is_last)
         if not (job.is_first or job.is_sharded):
@@ -144,7 +191,7 @@ class Session:
         optimizer = state_by_name(job.optimizer, job.names, copy=not is_last, keep=job.is_first)
         if not job.is_first:
             return
-        state = replace(self.state, resolved=job.resolved)
+        state = replace(self.state, resolved=job.resolved, phases=self.progress.phases.seconds())
         self.metrics.flush_to_disk()
 
         def write(folder: Path) -> None:
@@ -211,12 +258,12 @@ def open_session(
     opening: Opening,
     accelerator: Any,
     the_plan: Plan,
+    progress: Progress,
     *,
     date_pinned: str,
-    say: Callable[[str], None],
 ) -> Session:
     """Loads the model, proves it, prepares it for its processes, restores the optimizer, records what was decided."""
-    config, state = loaded.config, opening.state
+    config, state, say = loaded.config, opening.state, progress.console.say
     device = accelerator.device
     recorded = state.resolved
     _set_threads(config, recorded, accelerator.num_processes)
@@ -256,6 +303,8 @@ def open_session(
         tokens=the_plan.total_steps * tokens_per_step, pad_id=bundle.tokenizer.pad_token_id or 0,
         checkpointing=checkpointing, say=say,
     )  # fmt: skip
+    work = work_of_run(config, the_plan, data)
+    evals = decide(config, work) if opening.checkpoint is None else kept(config, recorded, work)
     peak = peak_learning_rate(config)
     optimizer = setup.build_optimizer(config, trainee, peak)
     shard_in(accelerator, precision)
@@ -286,6 +335,7 @@ def open_session(
         "stop_ids": list(bundle.stop_ids),
         "processes": job.world,
         "threads": torch.get_num_threads(),
+        budget.KEY: evals.as_dict(),
     }
     if opening.checkpoint is not None:
         load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
@@ -294,7 +344,7 @@ def open_session(
     state = replace(state, total_steps=the_plan.total_steps)
     session = Session(
         config, folder, job, bundle, data, state, MetricsLog(folder.metrics),
-        CheckpointStore(folder.checkpoints, config.save.keep), say,
+        CheckpointStore(folder.checkpoints, config.save.keep), progress, evals, work, state,
     )  # fmt: skip
     _check_disk(session)
     on_first_rank(job.is_first, lambda: cut_metrics(session.metrics, config, opening, say))
@@ -334,6 +384,11 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
         "model.gradient_checkpointing": job.resolved["gradient_checkpointing"],
         "model.compile": job.resolved[compiling.KEY],
         "model.attention": "flat" if job.flat_rows else "padded",
+        **(
+            {"eval.every": session.evals.every_steps, "eval.samples": session.evals.samples}
+            if session.data.eval
+            else {}
+        ),
         **({"run.threads": job.resolved["threads"]} if job.device.type == "cpu" else {}),
     }
     write_text(folder.config, dump_config(loaded, resolved))

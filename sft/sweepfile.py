@@ -26,6 +26,8 @@ from sft.yamltree import KeyPath, Tree, dotted, flow, leaves, parse_yaml, read_y
 Positive = Annotated[int, Field(ge=1)]
 Direction = Literal["minimize", "maximize"]
 
+PRUNED_EVERY = 0.1
+"""What `eval.every: auto` is where a pruner decides: ten evaluations of each trial."""
 _MAXIMIZED = ("accuracy", "stop_probability")
 
 
@@ -191,7 +193,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
         _override(raw, tree.lines, text)
     spec = _validate(raw, tree, file)
     _refuse_reserved(for_base)
-    base = load_config(spec.config, for_base)
+    base = _with_evaluations(load_config(spec.config, for_base), spec)
     space = parse_space(
         spec.space,
         lambda path: _line(tree, file, "space", *path),
@@ -207,6 +209,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
         spec, file, Path(spec.dir).expanduser(), base, space, _first(spec, space, values, warnings), total,
         tuple(warnings),
     )  # fmt: skip
+
+
+def _with_evaluations(base: LoadedConfig, spec: Sweep) -> LoadedConfig:
+    """A pruner compares trials at equal shares of their runs, whatever their batch: where the base leaves `eval.every`
+    to each run, they all get PRUNED_EVERY."""
+    if spec.pruner.type == "none" or base.config.eval.every != "auto":
+        return base
+    evaluation = base.config.eval.model_copy(update={"every": PRUNED_EVERY})
+    config = base.config.model_copy(update={"eval": evaluation})
+    return replace(base, config=config, origins=base.origins | {"eval.every": f"pruner: {spec.pruner.type}"})
 
 
 def _first(

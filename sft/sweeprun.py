@@ -247,11 +247,16 @@ class TrialRun:
         return gives_up
 
     def _plan(self) -> tuple[int | None, int | None]:
-        """(steps, evaluations after step 0) of the whole run, as its trainer planned them; None before it has said."""
-        if self._planned is None and self._config is not None:
+        """(steps, evaluations after step 0) of the whole run, as its trainer planned them; None before it has said.
+
+        Where a pruner decides, the sweep gives every trial the same `eval.every`; `auto` is left to runs that nothing
+        is reported of.
+        """
+        every = self._config.eval.every if self._config is not None else "auto"
+        if self._planned is None and self._config is not None and every != "auto":
             total = self._config.train.max_steps or planned_steps(self.repeat.run_dir)
             if total is not None:
-                self._planned = total, len(evaluation_steps(self._config.eval.every, total))
+                self._planned = total, len(evaluation_steps(every, total))
         return self._planned or (None, None)
 
     def _judge(self, outcome: Outcome) -> Finished | None:

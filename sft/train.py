@@ -18,6 +18,7 @@ from sft import setup
 from sft.accelerator import make_accelerator, unused_gpus_hint
 from sft.advice import advice_on_steps, beyond_context
 from sft.batches import Join, StepData, StepFeed
+from sft.budget import told
 from sft.choice import best_step
 from sft.console import Console, speak
 from sft.data.collate import to_device
@@ -38,9 +39,12 @@ from sft.opening import (
     open_run,
     pinned_date,
     run_fingerprint,
+    time_until,
 )
 from sft.optim import set_learning_rate
+from sft.phases import Phases
 from sft.preview import one_example
+from sft.progress import Progress
 from sft.report import write_report
 from sft.resume import RunState
 from sft.runfolder import RunFolder
@@ -59,22 +63,33 @@ if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
 
 
-def train(loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[str] = ()) -> int:
-    """Trains until done (0) or stopped on a signal (75). Raises the SftError family for what a user can fix."""
+def train(
+    loaded: LoadedConfig, *, fresh: bool = False, allow_change: Sequence[str] = (), started: float | None = None
+) -> int:
+    """Trains until done (0) or stopped on a signal (75). Raises the SftError family for what a user can fix.
+
+    `started`: when the process began, on the monotonic clock.
+    """
     become_launcher_where_needed()
     folder = RunFolder(loaded.run_dir)
     check_nameable("run.dir", folder.path)
     with StopRequest() as stop:
         try:
             refuse(lacking_for(loaded.config))  # before the data, which may take minutes
-            return _train(loaded, folder, stop, fresh=fresh, allow_change=allow_change)
+            return _train(loaded, folder, stop, Phases(started), fresh=fresh, allow_change=allow_change)
         except (Stopped, SftError) as error:
             note_before_start(folder, error)
             raise
 
 
 def _train(
-    loaded: LoadedConfig, folder: RunFolder, stop: StopRequest, *, fresh: bool, allow_change: Sequence[str]
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    stop: StopRequest,
+    phases: Phases,
+    *,
+    fresh: bool,
+    allow_change: Sequence[str],
 ) -> int:
     from sft.prepare import prepare_data
 
@@ -88,7 +103,8 @@ def _train(
     date = pinned_date(folder, fresh)
     meeting = Meeting()
     with meeting.announced():
-        with stop.raising():  # outside the process group: no rank waits inside a collective for tokenisation
+        # outside the process group: no rank waits inside a collective for tokenisation
+        with stop.raising(), phases.during("preparing"):
             bundle, data = prepare_data(loaded, say_early, pinned_date=date)
         plan = make_plan(config, data)
         for warning in advice_on_steps(config, plan, data.train.num_conversations):
@@ -123,9 +139,18 @@ def _train(
             failures_noted(folder),
             Console(enabled=is_first, total_steps=plan.total_steps, first_step=opening.state.step) as console,
         ):
-            with loading_explained(config, accelerator.device):
+            phases.continue_from(time_until(folder, opening.state))
+            with loading_explained(config, accelerator.device), console.phase("loading the model"):
                 session = open_session(
-                    loaded, folder, bundle, data, opening, accelerator, plan, date_pinned=date, say=console.say
+                    loaded,
+                    folder,
+                    bundle,
+                    data,
+                    opening,
+                    accelerator,
+                    plan,
+                    Progress(console, phases),
+                    date_pinned=date,
                 )
             _introduce(session, opening, str(loaded.path))
             with (
@@ -137,20 +162,19 @@ def _train(
                 trouble_explained(session),
                 Trackers(session) as trackers,
             ):
-                code = explain_shortage(
-                    session, watchdog, lambda: _loop(session, stop, watchdog, trackers, console.step)
-                )
+                code = explain_shortage(session, watchdog, lambda: _loop(session, stop, watchdog, trackers, console))
         leave()
         return code
     finally:
         lock.release()
 
 
-def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Trackers, show: Any) -> int:
+def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Trackers, console: Console) -> int:
     """Evaluate at step 0, then step, log, evaluate, save, until the plan ends or all ranks agree to stop."""
     config, job, plan = session.config, session.job, session.job.plan
     total = plan.total_steps
     stopping = False
+    session.progress.phases.enter("steps")
     if data_has_eval(session) and session.state.step == 0 and 0 not in session.scores("eval.loss"):
         watchdog.beat("evaluating before the first step")
         stopping = not _evaluate(session, trackers, stop)
@@ -173,7 +197,7 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
         if job.is_first and (is_due(data.step, config.log.every, total) or result.stop):
             event = train_event(session, data, result, seconds)
             session.metrics.append(event)
-            show(event)
+            console.step(event, session.seconds_left())
             trackers.log(event)
         # -- what falls due -------------------------------------------------------------------------------------------
         stopping = result.stop and data.step < total
@@ -191,7 +215,8 @@ def _loop(session: Session, stop: StopRequest, watchdog: Watchdog, trackers: Tra
         if stopping or early:
             break
     watchdog.beat("writing the last checkpoint", timeout_s=4 * STALL_SECONDS)
-    session.store.wait()
+    with session.progress.phase("saving", "writing the last checkpoint"):
+        session.store.wait()
     if stopping:
         return _stopped(session, stop)
     wait_for_all()
@@ -310,7 +335,7 @@ def evaluations_due(session: Session) -> frozenset[int]:
     """The steps after which the held-out rows are scored."""
     if not data_has_eval(session):
         return frozenset()
-    return frozenset(evaluation_steps(session.config.eval.every, session.job.plan.total_steps))
+    return frozenset(evaluation_steps(session.evals.every_steps, session.job.plan.total_steps))
 
 
 def _evaluate(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
@@ -342,6 +367,7 @@ def _catch_up(session: Session, trackers: Trackers, stop: StopRequest) -> bool:
 def _stopped(session: Session, stop: StopRequest) -> int:
     step, name = session.state.step, stop.signal_name or "a signal to another rank"
     if session.job.is_first:
+        session.record_time()
         session.folder.write_status("stopped", code=EXIT_STOPPED, reason=f"stopped by {name}", step=step)
     wait_for_all()  # the first rank that leaves makes the launcher signal the others: all is written by then
     what = f"after step {step}, checkpoint published" if step else "before the first step"
@@ -362,6 +388,9 @@ def _introduce(session: Session, opening: Opening, command: str) -> None:
         f"{'flat rows' if job.flat_rows else 'padded batches'} of up to {job.micro_tokens:,} tokens"
         f"{', loss by Liger' if job.trainee.loss_kernel == 'liger' else ''}"
     )
+    if data_has_eval(session):
+        for line in told(session.evals, session.config, session.work):
+            session.say(line)
     longest = int(session.data.train.lengths_E.max())
     if long := beyond_context(job.trainee.model.config.to_dict(), longest, session.config.data.max_tokens):
         session.say(f"warning: {long}")

@@ -25,9 +25,9 @@ FLOORS: dict[float, str] = {
     0.8: "longattention devices data.arrowjson data.elements data.nulls data.folding data.delimiter data.splits "
     "data.memo",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
-    1.1: "schedule",
-    1.2: "liger advice choice meeting configkeys unread hub needed",
-    1.3: "resume credentials",
+    1.1: "schedule phases",
+    1.2: "liger advice choice meeting configkeys unread hub needed budget progress",
+    1.3: "resume credentials timeleft",
     1.5: "configfile",
     1.9: "data.rowkeys",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
@@ -40,7 +40,7 @@ FLOORS: dict[float, str] = {
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",
     4.0: "data.loader runcard sweepreport",
-    4.2: "picture pieces",
+    4.2: "picture pieces savedweights",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.2: "shortage",

@@ -268,3 +268,14 @@ def test_no_trial_s_config_holds_a_credential(place: str) -> None:
     said = refusal(place, overrides=overrides)
     assert " holds a token: " in said
     assert "AbCdEf" not in said
+
+
+def test_where_a_pruner_decides_every_trial_is_evaluated_at_the_same_shares(tmp_path):
+    assert load_sweep(write()).base.config.eval.every == "auto"
+    pruned = load_sweep(write(head=HEAD + "pruner: median\n"))
+    assert pruned.base.config.eval.every == 0.1
+    pruned.freeze()
+    trial = pruned.config_for({"optim.lr": 1e-4, "model.lora.rank": 8}, tmp_path / "run")
+    assert trial.config.eval.every == 0.1
+    Path("base.yaml").write_text(BASE + "eval: {every: 0.25}\n")
+    assert load_sweep(write(head=HEAD + "pruner: median\n")).base.config.eval.every == 0.25

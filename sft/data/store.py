@@ -264,6 +264,11 @@ class Split:
                 hasher.update(weights[start:end])
         return hasher.hexdigest()[:16]
 
+    @property
+    def first_examples_C(self) -> NDArray[np.int64]:
+        """The first example of each conversation."""
+        return self._starts_C[:-1]
+
     def conversation_examples(self, conversation: int) -> range:
         """The examples of a conversation."""
         return range(int(self._starts_C[conversation]), int(self._starts_C[conversation + 1]))
