@@ -102,7 +102,7 @@ def _part(source: str, where: str, part: Any) -> str:
 
 def to_message(source: str, where: str, turn: Any) -> Message:
     """One message of OpenAI's chat format."""
-    turn = opened(source, where, turn)
+    turn = opened(source, where, turn) if isinstance(turn, str) else turn
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {role, content}")
     role = turn.get("role")
@@ -146,7 +146,7 @@ def _unknown_role(source: str, where: str, role: Any, turn: Mapping[str, Any]) -
 
 def shared_message(source: str, where: str, turn: Any) -> Message:
     """One message of ShareGPT's format. Keys beside `from` and `value` are treated as in the chat format."""
-    turn = opened(source, where, turn)
+    turn = opened(source, where, turn) if isinstance(turn, str) else turn
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {from, value}")
     speaker = turn.get("from")
