@@ -28,7 +28,10 @@ def content_hash(sample: Sample) -> int:
     content: Any
     if isinstance(sample, Conversation):
         # None and 1.0: a message's train and weight, in their places still, since running runs hold rows out by this.
-        content = ([(m.role, m.content, _said(m.extra), None, 1.0) for m in sample.messages], sample.tools)
+        content = (
+            [(m.role, m.content, _said(m.extra) if m.extra else {}, None, 1.0) for m in sample.messages],
+            sample.tools,
+        )
     else:
         content = (sample.kind, sample.prompt, sample.completion)
     digest = hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace"), digest_size=8)

@@ -132,7 +132,7 @@ def _note_beside(source: str, where: str, beside: Mapping[str, Any], notes: Note
 
 def to_message(source: str, where: str, turn: Any, notes: Notes) -> Message:
     """One message of OpenAI's chat format, of ShareGPT's, or of both mixed. What its keys need told goes to `notes`."""
-    turn = opened(source, where, turn)
+    turn = opened(source, where, turn) if isinstance(turn, str) else turn
     if not isinstance(turn, Mapping):
         raise fail(source, where, turn, f"is {name_of(turn)}", "Expected an object {role, content}")
     keys = turn_keys(tuple(turn))
