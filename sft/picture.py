@@ -36,6 +36,7 @@ class Picture:
     bad_rows: int = 0  # of these, the unreadable: a template may refuse others
     plan: Plan | None = None
     evals: Evaluations | None = None  # where rows are held out
+    on_steps: list[str] = field(default_factory=list)  # what auto became
     device: str = ""
     precision: str = ""
     memory: Memory | None = None
@@ -73,6 +74,7 @@ def as_object(picture: Picture) -> dict[str, Any]:
         **{"rows": report["rows"], "kept": report["kept"] + report["held_out"], "dropped": report["dropped"]},
         **{key: report[key] for key in ("examples", "tokens", "trained_tokens")},
         "steps": picture.plan.total_steps if picture.plan else 0,
+        "evaluations": picture.evals.as_dict() if picture.evals else None,
         "template": bundle.template_name if bundle else picture.config.data.template,
         "stop_tokens": stops,
         "problems": picture.problems,
