@@ -240,7 +240,7 @@ def look_at_steps(picture: Picture) -> None:
     if picture.prepared.eval is not None:
         work = work_of_run(picture.config, picture.plan, picture.prepared)
         picture.evals = decide(picture.config, work)
-        picture.notes += told(picture.evals, picture.config, work)
+        picture.on_steps += told(picture.evals, picture.config, work)
     conversations = picture.prepared.train.num_conversations
     picture.warnings += advice_on_steps(picture.config, picture.plan, conversations)
 

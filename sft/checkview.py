@@ -49,7 +49,7 @@ def blocks(picture: Picture) -> Iterator[tuple[str, str, str]]:
         yield "template", template_line(picture), ""
         yield "stops at", " ".join(picture.bundle.tokenizer.convert_ids_to_tokens(list(picture.bundle.stop_ids))), ""
     if picture.plan is not None:
-        yield "steps", steps_line(picture), ""
+        yield "steps", "\n".join([steps_line(picture), *picture.on_steps]), ""
     if picture.memory is not None:
         yield "memory", memory_line(picture), ""
     if picture.disk_needed is not None:

@@ -14,14 +14,21 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+Auto = Literal["auto"]
+
+
 def whole_from_one(value: float) -> float:
     if value > 1 and value != int(value):
         raise ValueError(f"{value:g} is neither a share of the run (below 1) nor a whole number of steps")
     return value
 
 
+def whole_from_one_or_auto(value: Auto | float) -> Auto | float:
+    return value if isinstance(value, str) else whole_from_one(value)
+
+
 ShareOrSteps = Annotated[float, Field(ge=0), AfterValidator(whole_from_one)]
-Auto = Literal["auto"]
+AutoShareOrSteps = Annotated[Auto | Annotated[float, Field(ge=0)], AfterValidator(whole_from_one_or_auto)]
 
 Tuning = Literal["full", "lora", "qlora"]
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -258,7 +265,7 @@ class Train(Section):
 class Eval(Section):
     """Evaluations: at the start, along the way, at the end."""
 
-    every: Auto | ShareOrSteps = "auto"
+    every: AutoShareOrSteps = "auto"
     """Below 1: a share of the run; else steps; 0: only at the start and the end. auto: up to ten times, in a tenth."""
     samples: Auto | Annotated[int, Field(ge=0)] = "auto"
     """Held-out prompts answered at each evaluation. auto: up to 4, as far as a tenth of the run's tokens goes."""

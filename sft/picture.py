@@ -38,6 +38,7 @@ class Picture:
     bad_kinds: list[dict[str, Any]] = field(default_factory=list)  # bad rows by kind: {rows, where, first, detail}
     plan: Plan | None = None
     evals: Evaluations | None = None  # where rows are held out
+    on_steps: list[str] = field(default_factory=list)  # what auto became
     device: str = ""
     precision: str = ""
     memory: Memory | None = None
@@ -84,6 +85,7 @@ def as_object(picture: Picture) -> dict[str, Any]:
         **{key: report[key] for key in ("held_out", "cut", "altered", "length_histogram", "eval")},
         **{key: report[key] for key in ("unread", "read_as")},
         "by_source": [{**source, "kept": source["kept"] + source["held_out"]} for source in report["by_source"]],
+        "evaluations": picture.evals.as_dict() if picture.evals else None,
         "proven_examples": report["examples"],
         "model_type": picture.settings.get("model_type"),
         "parameters": picture.parameters,

@@ -397,9 +397,7 @@ def test_the_picture_on_paper(tmp_path: Path, model_folder: Path, data: Path) ->
     assert lines["template"] == (
         "model, data.train_on: auto; proven for all 40 examples: each trained span decodes to its message"
     )
-    assert lines["steps"] == (
-        "5 of 8 conversations, about 144 tokens each; 1 epoch of 5; evaluation every 1; checkpoint every 1"
-    )
+    assert lines["steps"] == ("5 of 8 conversations, about 144 tokens each; 1 epoch of 5; checkpoint every 1")
     assert stream.getvalue().splitlines()[-1].strip().startswith("No problems. Look at the data: sft preview ")
     assert "\x1b[" not in stream.getvalue()
 

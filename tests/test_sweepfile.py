@@ -274,6 +274,7 @@ def test_where_a_pruner_decides_every_trial_is_evaluated_at_the_same_shares(tmp_
     assert load_sweep(write()).base.config.eval.every == "auto"
     pruned = load_sweep(write(head=HEAD + "pruner: median\n"))
     assert pruned.base.config.eval.every == 0.1
+    Path("sw").mkdir()
     pruned.freeze()
     trial = pruned.config_for({"optim.lr": 1e-4, "model.lora.rank": 8}, tmp_path / "run")
     assert trial.config.eval.every == 0.1
