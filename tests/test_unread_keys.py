@@ -448,7 +448,7 @@ def test_error_refuses_such_rows_and_null_leaves_the_column_out(reasoning: Token
         run(reasoning, tmp_path, many(), unread="error")
     message = str(caught.value)
     assert message.startswith("6 bad rows of 8:")
-    assert "a.jsonl:3: nothing reads parent_id = p2" in message
+    assert "a.jsonl:3-8 (6 rows), the first: nothing reads parent_id = p2" in message
     assert "set data.unread: report" in message
     prepared, _ = run(reasoning, tmp_path, many(), unread="error", columns={"parent_id": None})
     assert prepared.report["kept"] == 8
