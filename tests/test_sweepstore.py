@@ -393,7 +393,7 @@ def test_a_key_that_came_later_is_no_change_while_at_its_default() -> None:
     from sft.sweepidentity import differences
 
     written = {"metric": "eval.loss", "config.optim.lr": "0.1"}
-    news = {"config.model.lora.dora": "false", "config.data.train.3.repeat": "1.0", "config.eval.samples": "auto"}
+    news = {"config.model.lora.dora": "false", "config.data.train.3.repeat": "1.0", "config.eval.samples": '"auto"'}
     assert differences(written, {**written, **news}) == []
     assert differences(written, {**written, "config.model.lora.dora": "true"}) == ["config.model.lora.dora"]
     assert differences({**written, **news}, written) == list(news), "one that went is a change"
