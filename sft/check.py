@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.advice import advice_on_steps, beyond_context, unread_arguments, unread_template
+from sft.advice import advice_on_steps, beyond_context, rendered_rows, unread_arguments, unread_template
 from sft.checkmachine import (
     look_at_disk,
     look_at_memory,
@@ -169,6 +169,7 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
     if long := beyond_context(picture.settings, longest, config.data.max_tokens):
         picture.problems.append(long)
     picture.warnings += unread_template(config.data, report)
+    picture.warnings += rendered_rows(report)
     share = report["trained_tokens"] / max(1, report["tokens"])
     if share < TINY_SHARE:
         picture.warnings.append(

@@ -22,7 +22,7 @@ FREE_PREFIXES = (
 )  # fmt: skip
 LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.
-BY_CONTENT = ("data.train", "data.eval")
+BY_CONTENT = ("data.train", "data.eval", "data.layers")
 EVAL_CONTENT = "data.eval.content"
 STEPS = "train.steps"
 DERIVED = (STEPS, "data.content", EVAL_CONTENT, "tokenizer", "model.weights")  # of the fingerprint, not of the config

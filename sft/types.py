@@ -40,12 +40,14 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A row that a chat template renders. `source` is `file:line`. The first `context` messages are a prompt: only the
-    policy `all` trains them, unless a message asks for it itself."""
+    policy `all` trains them, unless a message asks for it itself. `template_args` are given to the template for this
+    row, over those of the config."""
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Mapping[str, Any], ...] = ()
     context: int = 0
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +104,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A row that was dropped, cut or altered, for data_report.jsonl."""
+    """A row that was dropped, cut or altered, or a text of it that no example holds, for data_report.jsonl."""
 
     source: str
-    action: Literal["refused", "dropped", "cut", "altered"]  # refused: data.on_bad_row decides
-    reason: str  # short, countable: "over_long", "bad_row", "unprovable", "nothing_trained", "control_tokens", …
+    action: Literal["refused", "dropped", "cut", "altered", "unread"]  # refused: data.on_bad_row decides
+    reason: str  # short, countable: "over_long", "bad_row", "unprovable", …; unread: a key path, "messages[].name"
     detail: str = ""
 
 

@@ -28,9 +28,12 @@ FLOORS: dict[float, str] = {
     1.3: "resume",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
+    "data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
+    2.1: "data.rendered data.rowargs data.evidence",
+    2.2: "data.passage",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
+    2.7: "data.layers",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

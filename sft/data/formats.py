@@ -1,7 +1,8 @@
 """Row → `Conversation` or `Passage`. A row format is one function in `FORMATS`.
 
     messages            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
-                        also under `conversations` or `conversation`; `tools` beside it; OpenAI's chat format
+                        also under `conversations` or `conversation`; `tools` and `chat_template_kwargs`
+                        beside it; OpenAI's chat format
     sharegpt            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}]}
                         `system` and `tools` beside it
     alpaca              {"instruction": "Translate", "input": "hello", "output": "ahoy"}, `system`, `history`
@@ -20,7 +21,17 @@ from dataclasses import replace
 from typing import Any
 
 from sft.data.jsontext import cut, name_of, parse
-from sft.data.messages import alpaca_user_text, as_list, fail, shared_message, text_of, to_message, to_tools
+from sft.data.messages import (
+    ROW_ARGUMENTS,
+    alpaca_user_text,
+    as_list,
+    fail,
+    row_arguments,
+    shared_message,
+    text_of,
+    to_message,
+    to_tools,
+)
 from sft.data.readers import Row
 from sft.errors import DataError
 from sft.types import Conversation, Message, Passage, Sample
@@ -188,7 +199,10 @@ def _conversation(row: Row, key: str, found: list[Message]) -> Conversation:
     tools = row.data.get("tools")
     if tools is None:
         tools = row.data.get("functions")
-    return Conversation(tuple(found), row.source, to_tools(row.source, tools) if tools else ())
+    arguments = row_arguments(row.source, row.data.get(ROW_ARGUMENTS))
+    return Conversation(
+        tuple(found), row.source, to_tools(row.source, tools) if tools else (), template_args=arguments
+    )
 
 
 FORMATS: dict[str, Callable[[Row], Sample]] = {

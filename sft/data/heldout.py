@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ MOST_ROWS = 500
 
 
 def content_hash(sample: Sample) -> int:
-    """64 bits of what the row says: its messages and tools, or its texts. Where it stands does not matter."""
+    """64 bits of what the row says: its messages, tools and template arguments, or its texts. Where it stands does not matter."""
     content: Any
     if isinstance(sample, Conversation):
         content = ([(m.role, m.content, m.extra, m.train, m.weight) for m in sample.messages], sample.tools)
+        if sample.template_args:  # without any, the hash of a row is what it always was
+            content = (*content, json.dumps(sample.template_args, sort_keys=True))
     else:
         content = (sample.kind, sample.prompt, sample.completion)
     digest = hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace"), digest_size=8)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.advice import unread_template
+from sft.advice import rendered_rows, unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
@@ -80,6 +80,8 @@ def prepare(
     _say_result(prepared, say)
     for line in unread_template(data, prepared.report):
         say(line)
+    for line in rendered_rows(prepared.report):
+        say(f"WARNING: {line}")
     return prepared
 
 
@@ -90,6 +92,7 @@ def encode_settings(data: Data) -> EncodeSettings:
         over_long=data.over_long,
         control_tokens_in_text=data.control_tokens_in_text,
         template_args=data.template_args,
+        layers=data.layers,
     )
 
 

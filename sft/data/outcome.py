@@ -19,6 +19,7 @@ class EncodeSettings:
     over_long: str = "drop"
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    layers: str = "separate"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
 
 
 def reasoning_note(source: str, message: int) -> Note:
-    what = f"message {message} has reasoning that the template leaves out; its content alone is trained"
+    what = f"message {message}, an earlier answer, has reasoning that the template leaves out"
     return Note(source, "altered", "reasoning_left_out", what)
 
 
