@@ -209,7 +209,10 @@ class Encoder:
             renderer, layers = self.renderers(sample.template_args)
         except TemplateError as error:
             raise Refusal("template", f"chat_template_kwargs: {error}") from error
-        whole = renderer.whole(messages, tools)
+        try:
+            whole = renderer.whole(messages, tools)
+        except Refusal as refusal:
+            raise layers.objection(refusal, sample) from refusal
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)

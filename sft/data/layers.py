@@ -283,6 +283,15 @@ class Layers:
             "the path of a .jinja file), or remove the message."
         )
 
+    def objection(self, refusal: Refusal, sample: Conversation) -> Refusal:
+        """A template's own objection to a row, with the cure where joining its layers is one."""
+        if refusal.reason != "template" or self.tried is None or merge_layers(sample) is sample:
+            return refusal
+        if not self.tried(sample, layers=MERGE):
+            return refusal
+        said = str(refusal).rstrip(".")
+        return Refusal(refusal.reason, f"{said}. Set data.layers: {MERGE} (tried on this row), and serve it so.")
+
     def reasoning_cure(self, given: Given, index: int) -> str:
         if self.tried is None:
             return ""
