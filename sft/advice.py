@@ -53,9 +53,9 @@ def rendered_rows(report: Mapping[str, Any]) -> Iterator[str]:
     rows = sum(side["kept"] for side in sides)
     if found:
         yield (
-            f"{found:,} of {rows:,} rows hold what a chat template writes (headers of turns, BOS, an end token of their "
-            "own), which is trained as ordinary characters. Set data.control_tokens_in_text: allow to read it as the "
-            "tokens it spells, or give the rows as messages and let the template write it"
+            f"{found:,} of {rows:,} rows hold what a chat template writes (headers of turns, BOS, an end token of "
+            "their own), which is trained as ordinary characters. Set data.control_tokens_in_text: allow to read it as "
+            "the tokens it spells, or give the rows as messages and let the template write it"
         )
 
 

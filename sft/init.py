@@ -176,7 +176,9 @@ def _rendered(sample: Conversation, tokenizer: Any) -> str | None:
 
     messages = [message.as_dict() for message in sample.messages]
     try:
-        text: str = tokenizer.apply_chat_template(messages, tools=list(sample.tools) or None, tokenize=False, **sample.template_args)
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=list(sample.tools) or None, tokenize=False, **sample.template_args
+        )
     except (TemplateError, TypeError, ValueError, KeyError):
         return None
     return text

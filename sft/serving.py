@@ -42,9 +42,10 @@ def check_serving(
     `pinned_date` is the ISO date that the run told to templates which read the clock.
 
     Keys: passed, checked, ids_equal, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
-    template_args, row_template_args (the sets that samples bring besides, `template_args` of a sample), date (None unless the template reads the clock), another_day (what a stranger's prompt holds in
-    place of training's on a later date; None where no prompt differs), mismatches, answers, excepted (prompts whose
-    text spells a control token: a stranger's tokenizer turns that text into the token, training did not).
+    template_args, row_template_args (the sets that samples bring of their own, as `template_args`), date (None unless
+    the template reads the clock), another_day (what a stranger's prompt holds in place of training's
+    on a later date; None where no prompt differs), mismatches, answers, excepted (prompts whose text spells a control
+    token: a stranger's tokenizer turns that text into the token, training did not).
     """
     from transformers import AutoTokenizer
 

@@ -300,7 +300,10 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
             "data.train.0.columns={a: 3}",
             "'data.train.0.columns.a' is 3; wanted: messages, conversations, conversation, ",
         ),
-        ("data.train.0.columns={a: inptu}", "output, text, system, history, tools, functions or chat_template_kwargs. Did you mean 'input'?"),
+        (
+            "data.train.0.columns={a: inptu}",
+            "output, text, system, history, tools, functions or chat_template_kwargs. Did you mean 'input'?",
+        ),
         ("data.train.0.repeat=0", "wanted: a number, above 0."),
         ("log.trackers=wandb", "wanted: a list of tensorboard, wandb, mlflow or trackio. Write [wandb]."),
         ("model.lora.modules_to_save=lm_head", "wanted: a list of texts. Write [lm_head]."),

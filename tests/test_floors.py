@@ -34,6 +34,7 @@ FLOORS: dict[float, str] = {
     2.2: "data.passage",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     2.7: "data.layers",
+    2.8: "data.work",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

@@ -100,8 +100,8 @@ def test_a_cure_that_does_not_work_is_not_offered(load: Load) -> None:
 
 
 def test_a_template_that_objects_to_a_layer_is_told_the_cure_that_works(load: Load) -> None:
-    objects = NO_DEVELOPER.replace("{% if m.role in", "{% if m.role == 'developer' %}{{ raise_exception('no such role') "
-                                   "}}{% endif %}{% if m.role in")  # fmt: skip
+    raising = "{% if m.role == 'developer' %}{{ raise_exception('no such role') }}{% endif %}{% if m.role in"
+    objects = NO_DEVELOPER.replace("{% if m.role in", raising)
     sample = conversation(DEVELOPER, user("Hello 0"), answer("Bonjour 0"))
     (note,) = encoded(load(objects), sample).notes
     assert note.reason == "template"
@@ -130,8 +130,8 @@ def test_words_that_stand_elsewhere_by_chance_do_not_hide_what_is_dropped(load: 
 
 
 @pytest.mark.parametrize(
-    "words", ["m.content|trim", "m.content|upper", "m.content|replace('French', 'Frisian')", "m.content|replace(' ', '  ')",
-              "m.content|e", "m.content|tojson", "m.content[:12]"],
+    "words", ["m.content|trim", "m.content|upper", "m.content|replace('French', 'Frisian')",
+              "m.content|replace(' ', '  ')", "m.content|e", "m.content|tojson", "m.content[:12]"],
 )  # fmt: skip
 def test_a_template_that_changes_words_leaves_none_out(load: Load, words: str) -> None:
     changed = "(" + words + " if m.role == 'developer' else m.content)"
@@ -186,9 +186,9 @@ def test_words_of_tools_that_are_dropped_are_named(load: Load) -> None:
 
 
 def test_arguments_of_a_trained_call_that_are_dropped_are_refused(load: Load) -> None:
-    names = load(template("['user', 'assistant']", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')",
-                          "{{ tools|tojson if tools else '' }}"))  # fmt: skip
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "São Paulo, \"SP\""}}}
+    called = "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')"
+    names = load(template("['user', 'assistant']", called, "{{ tools|tojson if tools else '' }}"))
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": 'São Paulo, "SP"'}}}
     found = encoded(names, conversation(user("Where?"), answer("", tool_calls=[call]), tools=TOOLS))
     assert said(found) == [("refused", "tool_calls_not_rendered")]
     whole = load(template("['user', 'assistant']", "m.content + (m.tool_calls|tojson if m.tool_calls else '')",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,6 @@ import pytest
 from chatcases import answer, bpe_tokenizer, conversation, user
 from conftest import CHATML, make_tokenizer
 
-from sft.__main__ import main
 from sft.data.encode import Encoder, EncodeSettings
 from sft.data.formats import FORMATS
 from sft.data.heldout import content_hash
@@ -39,7 +40,7 @@ PREFILLED = (
 
 def row(**data: Any) -> Any:
     told = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
-    return FORMATS["messages"](Row({"messages": told, **data}, "a.jsonl:7"))
+    return FORMATS["messages"](Row("a.jsonl:7", {"messages": told, **data}))
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_arguments_are_part_of_what_a_row_says() -> None:
     plain, fast, slow = row(), row(chat_template_kwargs={"mode": "fast"}), row(chat_template_kwargs={"mode": "slow"})
     assert len({content_hash(sample) for sample in (plain, fast, slow)}) == 3
     assert content_hash(plain) == content_hash(row(chat_template_kwargs={}))
-    assert content_hash(plain) == , "rows without keep the hash they had before"
+    assert content_hash(plain) == 4519595544895132789, "rows without keep the hash they had before"
 
 
 def test_many_sets_of_arguments_are_not_all_kept(bundle: TokenizerBundle) -> None:
@@ -172,19 +173,24 @@ def test_an_answer_that_brings_its_end_token_ends_once(tokenizer_folder: Path) -
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_check_and_prepare_warn_of_rendered_templates(model: Path, tmp_path: Path, capsys: Any) -> None:
-    rows = [{"text": f"<|im_start|>user\nHello {i}<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"} for i in range(9)]
+def test_check_and_prepare_warn_of_rendered_templates(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"<|im_start|>user\nHello {i}<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"} for i in range(9)
+    ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps({"model": {"name": str(model)}, "data": {"train": str(tmp_path / "r.jsonl")}}))
-    main(["check", str(config)])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "9 of 9 rows hold what a chat template writes" in said
-    assert "Set data.control_tokens_in_text: allow" in said
-    main(["prepare", str(config)])
-    assert "9 of 9 rows hold what" in "".join(capsys.readouterr())
-    main(["check", str(config), "data.control_tokens_in_text=allow"])
-    assert "rows hold what a chat template writes" not in capsys.readouterr().out, "control"
+
+    def said(command: str, *more: str) -> str:
+        ran = [sys.executable, "-m", "sft", command, str(config), *more]
+        done = subprocess.run(ran, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return " ".join((done.stdout + done.stderr).split())
+
+    warning = "9 of 9 rows hold what a chat template writes"
+    for command in ("prepare", "check"):
+        assert warning in said(command)
+    assert "Set data.control_tokens_in_text: allow" in said("check")
+    assert warning not in said("check", "data.control_tokens_in_text=allow"), "control"
 
 
 # -- BOS of the built-in templates
@@ -210,13 +216,13 @@ def dressed(tmp_path: Path) -> Callable[[bool], Path]:
 
 
 @pytest.mark.parametrize("template", ["zephyr", "tulu"])
-def test_built_in_templates_begin_as_the_tokenizer_begins_texts(
-    dressed: Callable[[bool], Path], template: str
-) -> None:
+def test_built_in_templates_begin_as_the_tokenizer_begins_texts(dressed: Callable[[bool], Path], template: str) -> None:
     own = Path(__file__).parent.parent / "sft" / "templates" / f"{template}.jinja"
     for puts in (True, False):
         bundle = load_tokenizer(str(dressed(puts)), template=template)
-        encoded = Encoder(bundle, EncodeSettings()).encode(conversation(user("Hello"), answer("one"), user("a"), answer("b")))
+        encoded = Encoder(bundle, EncodeSettings()).encode(
+            conversation(user("Hello"), answer("one"), user("a"), answer("b"))
+        )
         (example,) = encoded.examples
         bos = bundle.tokenizer.bos_token_id
         assert example.input_ids_T.tolist().count(bos) == puts

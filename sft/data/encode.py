@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
 from sft.data.layers import MERGE, Given, Layers, merge_layers, merged_note
-from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
+from sft.data.markers import UNMARKED, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
     Encoded,
@@ -33,11 +33,12 @@ from sft.data.outcome import (
 )
 from sft.data.passage import encoded_passage
 from sft.data.proof import Decoder, Refusal, check_characters, shown
-from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
+from sft.data.render import Renderer, Turn, answer_check, message_dicts
 from sft.data.rendered import one_end, rendered_message, rendered_note
 from sft.data.rowargs import ByArguments
+from sft.data.work import Work, given_by
 from sft.errors import DataError, TemplateError
-from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
+from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
 
 if TYPE_CHECKING:
@@ -45,33 +46,6 @@ if TYPE_CHECKING:
 
 VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the aligner on this tokenizer and template
 LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
-
-
-@dataclass
-class Work:
-    """A conversation on its way."""
-
-    sample: Conversation
-    messages: Dicts
-    tools: Sequence[Mapping[str, Any]]
-    weights: tuple[float, ...]
-    trained: tuple[int, ...]
-    renderer: Renderer
-    layers: Layers
-    rendered: MarkedText
-    marked: bool
-    spelled: dict[str, int]
-    ids: list[int] = field(default_factory=list)
-    untrained: dict[int, list[Stretch]] = field(default_factory=dict)
-    """By message, what the template's markers leave out of its answer."""
-    turns: list[Turn] = field(default_factory=list)
-    """Set where one sequence holds them all."""
-    notes: list[Note] = field(default_factory=list)
-    """Of what was changed before rendering."""
-
-    @property
-    def whole(self) -> str:
-        return self.rendered.text
 
 
 class Encoder:
@@ -221,13 +195,12 @@ class Encoder:
 
     def given(self, sample: Conversation) -> tuple[Conversation, list[Note]]:
         """The row as the template gets it, and what was changed: layers are joined, an end token stands once."""
-        given, changed = sample, []
-        if self.settings.layers == MERGE and (given := merge_layers(sample)) is not sample:
-            changed.append(merged_note(sample))
-        if self.settings.control_tokens_in_text == "allow":
-            given, more = one_end(given, self.stop_texts)
-            changed += more
-        return given, changed
+        given = merge_layers(sample) if self.settings.layers == MERGE else sample
+        changed = [merged_note(sample)] if given is not sample else []
+        if self.settings.control_tokens_in_text != "allow":
+            return given, changed
+        given, ended = one_end(given, self.stop_texts)
+        return given, [*changed, *ended]
 
     # -- ids
 
@@ -275,12 +248,7 @@ class Encoder:
                 break  # later prompts hold more messages still
         if not turns:
             raise Refusal("nothing_trained", UNMARKED)
-        answers = {turn.message: turn.answer for turn in turns}
-        texts = [work.whole] if together or not whole else []
-        texts += [] if together else [turn.prompt + turn.answer for turn in turns]
-        notes += work.layers.judge(
-            Given(work.sample, work.messages, work.tools, answers, texts, together=together or not whole)
-        )
+        notes += work.layers.judge(given_by(work, turns, together=together, whole=whole))
         if together:
             work.turns = turns
             return [Piece(Rendered(tuple(work.ids), tuple(spans)), tuple(unmark(turn.answer) for turn in turns))]
@@ -349,9 +317,7 @@ class Encoder:
         if any(weight != 1.0 for weight in work.weights):
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
         answers = {i: work.whole for i, message in enumerate(work.messages) if message["role"] == "assistant"}
-        notes += work.layers.judge(
-            Given(work.sample, work.messages, work.tools, answers, [work.whole], proven=False)
-        )
+        notes += work.layers.judge(Given(work.sample, work.messages, work.tools, answers, [work.whole], proven=False))
         ids, text = list(work.ids), unmark(work.whole)
         end = max((place for place, token in enumerate(ids, 1) if token in self.stops), default=0)
         if not end or self.decoder([ids[end:]])[0].strip():

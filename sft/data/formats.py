@@ -200,9 +200,7 @@ def _conversation(row: Row, key: str, found: list[Message]) -> Conversation:
     if tools is None:
         tools = row.data.get("functions")
     arguments = row_arguments(row.source, row.data.get(ROW_ARGUMENTS))
-    return Conversation(
-        tuple(found), row.source, to_tools(row.source, tools) if tools else (), template_args=arguments
-    )
+    return Conversation(tuple(found), row.source, to_tools(row.source, tools) if tools else (), template_args=arguments)
 
 
 FORMATS: dict[str, Callable[[Row], Sample]] = {

@@ -17,7 +17,7 @@ MOST_ROWS = 500
 
 
 def content_hash(sample: Sample) -> int:
-    """64 bits of what the row says: its messages, tools and template arguments, or its texts. Where it stands does not matter."""
+    """64 bits of what the row says: its messages, tools and template arguments, or its texts; not where it stands."""
     content: Any
     if isinstance(sample, Conversation):
         content = ([(m.role, m.content, m.extra, m.train, m.weight) for m in sample.messages], sample.tools)

@@ -35,8 +35,11 @@ FREE_KEYS = frozenset(("properties", "$defs", "definitions", "arguments"))
 MOST_TOOL_LISTS = 64
 LAST_TURNS = 8
 REASONS = {
-    "system": "layer_left_out", "developer": "layer_left_out", "user": "message_left_out", "tool": "tool_result_left_out"
-}  # fmt: skip
+    "system": "layer_left_out",
+    "developer": "layer_left_out",
+    "user": "message_left_out",
+    "tool": "tool_result_left_out",
+}
 SENTINEL = re.compile(r"vqxk(\d+)kxqv")
 MERGE = "merge_into_system"
 
@@ -193,10 +196,10 @@ class Layers:
             )
         whole = True
         for path, value in leaves(given.tools, "tools", FREE_KEYS):
-            if isinstance(value, str) and value.strip() and not path.endswith(".type"):
-                if not evidence.holds(value.strip()):
-                    given.unread(path, value)
-                    whole = False
+            words = value.strip() if isinstance(value, str) and not path.endswith(".type") else ""
+            if words and not evidence.holds(words):
+                given.unread(path, words)
+                whole = False
         if whole and (block := printed_whole(given.tools, evidence.text)):
             if len(self.tool_blocks) >= MOST_TOOL_LISTS:
                 self.tool_blocks.clear()
@@ -246,8 +249,8 @@ class Layers:
     def reasoning_refusal(self, given: Given, index: int) -> Refusal:
         return Refusal(
             "reasoning_left_out",
-            f"message {index} has reasoning, {shown(str(thoughts_of(given.messages[index])))}, which the template leaves "
-            f"out of the answer that is trained. {self.reasoning_cure(given, index)}",
+            f"message {index} has reasoning, {shown(str(thoughts_of(given.messages[index])))}, which the template "
+            f"leaves out of the answer that is trained. {self.reasoning_cure(given, index)}",
         )
 
     def judge_calls(self, given: Given, evidence: Evidence, index: int, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -260,7 +263,8 @@ class Layers:
             if index in given.answers and ".function." in path:
                 raise Refusal(
                     "tool_calls_not_rendered",
-                    f"message {index}: expected {shown(value)} in the turn, which calls a tool with it. {TOOL_TEMPLATES}",
+                    f"message {index}: expected {shown(value)} in the turn, which calls a tool with it. "
+                    f"{TOOL_TEMPLATES}",
                 )
             given.unread(path, value)
 

@@ -215,7 +215,9 @@ def row_arguments(source: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise fail(source, ROW_ARGUMENTS, value, f"is {name_of(value)}, expected an object", "Write {enable_thinking: false}")
+        raise fail(
+            source, ROW_ARGUMENTS, value, f"is {name_of(value)}, expected an object", "Write {enable_thinking: false}"
+        )
     for name, given in value.items():
         if name in RESERVED:
             raise fail(source, f"{ROW_ARGUMENTS}.{name}", given, "is not for a row to set", RESERVED[name])
