@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sft.schedule import Plan, share_or_steps
+from sft.templating import reads
 
 if TYPE_CHECKING:
     from sft.config import Config, Data
+
+RENDERED = "rendered_template"  # as sft.data.rendered counts them
 
 
 def advice_on_steps(config: Config, plan: Plan, conversations: int) -> Iterator[str]:
@@ -36,9 +39,10 @@ def beyond_context(settings: Mapping[str, Any], longest: int, max_tokens: int) -
 
 
 def unread_arguments(template: str | None, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Of `data.template_args`, those whose names the template's text never mentions."""
+    """Of `data.template_args`, those whose names are no variable that the template looks up."""
+    known = reads(template) if template is not None and arguments else frozenset()
     for name in arguments:
-        if template is not None and name not in template:
+        if template is not None and name not in known:
             yield f"data.template_args.{name}: the template in use never reads {name}"
 
 
@@ -68,6 +72,19 @@ def rows_with(entry: Mapping[str, Any]) -> str:
     """`parent_id, 12 rows (100%) of a.jsonl, e.g. a.jsonl:1: 7`."""
     rows = f"{entry['rows']:,} row{'s' * (entry['rows'] != 1)} ({entry['share']:.0%})"
     return f"{entry['key']}, {rows} of {entry['source']}, e.g. {entry['at']}: {entry['example']}"
+
+
+def rendered_rows(report: Mapping[str, Any]) -> Iterator[str]:
+    """Rows whose text is a rendered chat template, or ends with an end token. `report`: of the data."""
+    sides = [report, *([report["eval"]] if report.get("eval") else [])]
+    found = sum(side["altered"].get(RENDERED, 0) for side in sides)
+    rows = sum(side["kept"] for side in sides)
+    if found:
+        yield (
+            f"{found:,} of {rows:,} rows hold what a chat template writes (headers of turns, BOS, an end token of "
+            "their own), which is trained as ordinary characters. Set data.control_tokens_in_text: allow to read it as "
+            "the tokens it spells, or give the rows as messages and let the template write it"
+        )
 
 
 def unread_template(data: Data, report: Mapping[str, Any]) -> Iterator[str]:

@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.advice import advice_on_steps, beyond_context, kept_nulls, unread_arguments, unread_template
+from sft.advice import (
+    advice_on_steps,
+    beyond_context,
+    kept_nulls,
+    rendered_rows,
+    unread_arguments,
+    unread_template,
+)
 from sft.budget import decide, told
 from sft.checkmachine import (
     look_at_disk,
@@ -183,6 +190,7 @@ def _judge_data(picture: Picture, prepared: Prepared) -> None:
         picture.problems.append(long)
     picture.warnings += unread_template(config.data, report)
     picture.warnings += kept_nulls(report)
+    picture.warnings += rendered_rows(report)
     share = report["trained_tokens"] / max(1, report["tokens"])
     if share < TINY_SHARE:
         picture.warnings.append(

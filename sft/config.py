@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sft.templating import RESERVED
+
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -34,7 +36,7 @@ Tuning = Literal["full", "lora", "qlora"]
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 RowField = Literal[
     "messages", "conversations", "conversation", "prompt", "completion", "instruction", "input", "output", "text",
-    "system", "history", "tools", "functions", "train", "weight",
+    "system", "history", "tools", "functions", "train", "weight", "chat_template_kwargs",
 ]  # fmt: skip
 """What some row format reads: a column that is mapped to another name would be lost."""
 Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
@@ -165,7 +167,9 @@ class Data(Section):
     template: str = "model"
     """model (its own), chatml, zephyr, tulu, or a path to a .jinja file."""
     template_args: dict[str, Any] = {}
-    """Given to the template, e.g. {enable_thinking: false}."""
+    """Given to the template, e.g. {enable_thinking: false}; a row's own `chat_template_kwargs` go over them."""
+    layers: Literal["separate", "merge_into_system"] = "separate"
+    """System and developer messages at a row's start: separate: as they are; merge_into_system: joined in one."""
     train_on: Policy = "auto"
     """auto: assistant for conversations, completion for prompt/completion texts, all for text."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
@@ -180,6 +184,14 @@ class Data(Section):
     """Stop when a larger share of rows is dropped, for whatever reason."""
     control_tokens_in_text: ControlTokens = "text"
     """A message that spells a control token: text: ordinary characters, counted; allow; error."""
+
+    @field_validator("template_args")
+    @classmethod
+    def arguments_are_the_template_s(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if name in RESERVED:
+                raise ValueError(f"{name} is no argument of a template. {RESERVED[name]}")
+        return arguments
 
     @field_validator("train", "eval", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ FREE_PREFIXES = (
 )  # fmt: skip
 LENGTH_KEYS = ("train.epochs", "train.max_steps")
 # Whatever of these matters for training shows in the digest of the prepared tokens; their spelling does not.
-BY_CONTENT = ("data.train", "data.eval")
+BY_CONTENT = ("data.train", "data.eval", "data.layers")
 EVAL_CONTENT = "data.eval.content"
 STEPS = "train.steps"
 _WAYS_OUT = "Restore the checkpoint from a copy, or start over with --fresh (the old run is moved aside)."

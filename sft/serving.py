@@ -47,14 +47,15 @@ def check_serving(
     `pinned_date` is the ISO date that the run told to templates which read the clock.
 
     Keys: passed, checked, ids_equal, answered, stopped, stop_tokens, max_new_tokens, weights ("folder" or "live"),
-    template_args, date (None unless the template reads the clock), another_day (what a stranger's prompt holds in
-    place of training's on a later date; None where no prompt differs), mismatches, answers, excepted (prompts whose
-    text spells a control token: a stranger's tokenizer turns that text into the token, training did not).
+    template_args, row_template_args (the sets that samples bring of their own, as `template_args`), date (None unless
+    the template reads the clock), another_day (what a stranger's prompt holds in place of training's on a later date;
+    None where no prompt differs), mismatches, answers, excepted (prompts whose text spells a control token: a
+    stranger's tokenizer turns that text into the token, training did not).
     """
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    arguments = dict(template_args or {})
+    arguments, own = dict(template_args or {}), row_arguments(samples)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     saved, date = tokenizer.chat_template, None
     if pinned_date is not None and "strftime_now" in str(saved):
@@ -90,6 +91,7 @@ def check_serving(
         "max_new_tokens": max_new_tokens,
         "weights": weights,
         "template_args": arguments,
+        "row_template_args": own,
         "date": date and date.date().isoformat(),
         "another_day": date and another_day(tokenizer, saved, samples, arguments, date + LATER),
         "mismatches": mismatches,
@@ -106,6 +108,9 @@ def describe(result: Mapping[str, Any]) -> str:
     exact = f"{result['ids_equal']} of {checked} held-out prompts give the very token ids of training"
     if result["template_args"]:
         exact += " (with " + ", ".join(f"{k}={v!r}" for k, v in result["template_args"].items()) + ")"
+    if own := result.get("row_template_args"):
+        sets = "; ".join(", ".join(f"{key}={value!r}" for key, value in given.items()) for given in own)
+        exact += f" (each asked with the template arguments of its row: {sets})"
     if result["date"]:
         exact += f" (the template reads the clock; asked as of {result['date']}, the day the run began"
         if other := result["another_day"]:
@@ -172,11 +177,22 @@ def served_ids(tokenizer: Any, sample: Mapping[str, Any], template_args: Mapping
     tools = list(sample.get("tools") or ()) or None
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **template_args
-        )
+            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True,
+            **{**template_args, **(sample.get("template_args") or {})},
+        )  # fmt: skip
     except Exception as error:  # a template may raise anything: it is a program
         raise TemplateError(objection(error)) from error
     return list(rendered["input_ids"])
+
+
+def row_arguments(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The distinct template arguments that samples bring of their own, in the order of their coming."""
+    found: list[dict[str, Any]] = []
+    for sample in samples:
+        own = dict(sample.get("template_args") or {})
+        if own and own not in found:
+            found.append(own)
+    return found
 
 
 def saved_stop_ids(folder: Path) -> list[int]:

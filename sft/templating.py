@@ -30,6 +30,20 @@ rendering: ContextVar[tuple[Limits, Limits] | None] = ContextVar("rendering", de
 
 Messages = Sequence[Mapping[str, Any]]
 
+_OURS = "It is decided by what is trained: remove it"
+RESERVED: dict[str, str] = {
+    "messages": "Give the messages as the row's own", "conversation": "Give the messages as the row's own",
+    "conversations": "Give the messages as the row's own", "tools": "Give them as `tools` beside the messages",
+    "chat_template": "Set data.template, which holds for all rows",
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+         "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
+         "sanitize_control_tokens", "raise_exception", "strftime_now", "bos_token", "eos_token", "pad_token",
+         "unk_token", "sep_token", "cls_token", "mask_token"), _OURS,
+    ),
+}  # fmt: skip
+"""Names of `apply_chat_template` and of its sandbox that no template argument may take, each with the cure."""
+
 
 class TemplateTimeout(SftError):
     """A template ran longer than any conversation can need."""
@@ -259,6 +273,13 @@ def parse(template: str) -> Any:
         raise TemplateError(f"the chat template is not valid Jinja: {describe(error)}") from error
     except RecursionError as error:
         raise TemplateError("the chat template nests too deep") from error
+
+
+def reads(template: str) -> frozenset[str]:
+    """The variables that a template looks up."""
+    from jinja2 import nodes
+
+    return frozenset(node.name for node in parse(template).find_all(nodes.Name) if node.ctx == "load")
 
 
 def literals(template: str) -> str:

@@ -26,6 +26,9 @@ from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_m
 
 BUILT_IN = ("chatml", "zephyr", "tulu")
 NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
+WITHOUT_BOS = ("zephyr", "tulu")
+BOS_FIRST = "{{- bos_token }}\n"
+"""Goes before those of BUILT_IN that do not write BOS themselves, on tokenizers that begin texts with it."""
 CONTROL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]+\|>|<(?:start|end)_of_turn>")
 NO_TEMPLATE = (
     "has no chat template: it is a base model, or its template was not saved with it, and the rows are conversations. "
@@ -85,6 +88,8 @@ def load_tokenizer(
             return without_template(tokenizer, folder_or_id, serving_stops(folder_or_id, revision, tokenizer))
     else:
         tokenizer.chat_template, needed = template_text(template)
+        if template in WITHOUT_BOS and begins_with_bos(tokenizer):
+            tokenizer.chat_template = BOS_FIRST + tokenizer.chat_template
     added = add_tokens(tokenizer, needed)
     notes: list[str] = []
     chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
@@ -171,6 +176,12 @@ def template_text(template: str) -> tuple[str, tuple[str, ...]]:
         raise TemplateError(f"data.template: cannot read {template}: {error}") from error
     parse(text)
     return text, ()
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS before every text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def add_tokens(tokenizer: Any, needed: tuple[str, ...]) -> tuple[str, ...]:

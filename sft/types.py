@@ -40,13 +40,16 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A row that a chat template renders. `source` is `file:line`. The first `context` messages are a prompt: only the
-    policy `all` trains them, unless a message asks for it itself. `notes`: what reading changed or could not decide."""
+    policy `all` trains them, unless a message asks for it itself. `template_args` are given to the template for this
+    row, over those of the config. `notes`: what is to be said of the row: keys unread or read under another name,
+    foreign nulls."""
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Mapping[str, Any], ...] = ()
     context: int = 0
-    notes: tuple[Note, ...] = ()  # what is to be said of the row: keys unread or read under another name, foreign nulls
+    notes: tuple[Note, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A row that was dropped, cut or altered, for data_report.jsonl.
+    """A row that was dropped, cut or altered, or a text of it that no example holds, for data_report.jsonl.
 
     Of action `unread`, the reason is the path of a key that nothing read, the detail an excerpt of its value; of
     `read_as`, the reason is `path as ours`. A row has at most one of each reason.
@@ -113,7 +116,7 @@ class Note:
 
     source: str
     action: Literal["refused", "dropped", "cut", "altered", "unread", "read_as"]  # refused: data.on_bad_row decides
-    reason: str  # short, countable: "over_long", "bad_row", "unprovable", "nothing_trained", "control_tokens", …
+    reason: str  # short, countable: "over_long", "bad_row", "unprovable", …; unread: a key path, "messages[].name"
     detail: str = ""
 
 

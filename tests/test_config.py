@@ -304,7 +304,7 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
         ),
         (
             "data.train.0.columns={a: inptu}",
-            "system, history, tools, functions, train or weight or null. Did you mean 'input'?",
+            "functions, train, weight or chat_template_kwargs or null. Did you mean 'input'?",
         ),
         ("data.train.0.repeat=0", "wanted: a number, above 0."),
         ("log.trackers=wandb", "wanted: a list of tensorboard, wandb, mlflow or trackio. Write [wandb]."),

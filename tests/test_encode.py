@@ -175,27 +175,26 @@ def test_a_row_that_is_trained_whole_ends_with_a_stop_token(tmp_path: Path, foot
     assert text.rstrip().endswith("<|im_end|>")
 
 
-def test_reasoning_that_the_template_drops_is_said(words: TokenizerBundle) -> None:
-    encoded = encode(words, U("Hello"), A("one", extra={"reasoning_content": "two"}))
-    assert [(n.action, n.reason) for n in encoded.notes] == [
-        ("altered", "reasoning_left_out"),
-        ("unread", "messages[].reasoning_content"),
-    ]
-    assert trained(words, encoded) == [["one<|im_end|>"]]
+def test_reasoning_that_the_template_drops_is_refused_where_it_was_to_be_learned(words: TokenizerBundle) -> None:
+    thinking = A("one", extra={"reasoning_content": "two"})
+    assert only(encode(words, U("Hello"), thinking)) == ("refused", "reasoning_left_out")
+    earlier = encode(words, U("Hello"), replace(thinking, train=False), U("Hello"), A("three"))
+    assert [(n.action, n.reason) for n in earlier.notes] == [("altered", "reasoning_left_out")]
+    assert trained(words, earlier) == [["three<|im_end|>"]]
 
 
 @pytest.mark.parametrize("policy", ["assistant", "all"])
-def test_reasoning_within_content_that_the_template_cuts_is_said(tmp_path: Path, policy: str) -> None:
+def test_reasoning_within_content_that_the_template_cuts_is_refused(tmp_path: Path, policy: str) -> None:
     """Whatever else is said of the row, and although the words behind the reasoning repeat it."""
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]", 1) + "{# <think> #}"
     bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, template, None, "<|im_end|>", ())))
-    for thought, expected in (("four", ["reasoning_left_out"]), (" \n", [])):
-        encoded = encode(bundle, U("2+2?"), A(f"<think>{thought}</think>It is four."), train_on=policy)
-        assert [(n.action, n.reason) for n in encoded.notes] == [("altered", reason) for reason in expected]
-        assert "It is four.<|im_end|>" in trained(bundle, encoded)[0][0]
-        assert "think" not in trained(bundle, encoded)[0][0]
-    encoded = encode(bundle, U("<|im_end|>?"), A("<think>hm</think>It."), train_on=policy)
-    assert [n.reason for n in encoded.notes] == ["control_tokens", "reasoning_left_out"]
+    cut = encode(bundle, U("2+2?"), A("<think>four</think>It is four."), train_on=policy)
+    assert only(cut) == ("refused", "reasoning_left_out")
+    cut = encode(bundle, U("<|im_end|>?"), A("<think>hm</think>It."), train_on=policy)
+    assert only(cut) == ("refused", "reasoning_left_out")
+    blank = encode(bundle, U("2+2?"), A("<think> \n</think>It is four."), train_on=policy)
+    assert blank.notes == ()
+    assert "It is four.<|im_end|>" in trained(bundle, blank)[0][0]
 
 
 @pytest.mark.parametrize("policy", ["assistant", "all"])
@@ -381,7 +380,7 @@ def test_markup_that_the_template_reads_stays_markup(tmp_path: Path) -> None:
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]", 1)
     bpe_tokenizer(tmp_path, template + "{# <think> #}", None, "<|im_end|>", ())
     bundle = load_tokenizer(str(tmp_path))
-    encoded = encode(bundle, U("Hello <think>"), A("<think>\nhm\n</think>\n\nyes"))
+    encoded = encode(bundle, U("Hello <think>"), A("<think>\n\n</think>\n\nyes"))
     assert "<think> (1)" in encoded.notes[0].detail, "the user's is spelled, the answer's is markup"
     assert trained(bundle, encoded) == [["\n\nyes<|im_end|>"]]
 

@@ -31,11 +31,14 @@ FLOORS: dict[float, str] = {
     1.5: "configfile",
     1.9: "data.rowkeys",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.passage data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
+    "data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
-    2.2: "weightfiles",
+    2.1: "data.rendered data.rowargs data.evidence",
+    2.2: "weightfiles data.passage",
     2.3: "data.rest data.templatekeys",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
+    2.7: "data.layers",
+    2.8: "data.work",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

@@ -46,6 +46,12 @@ REFUSES = {  # by which the whole template is refused, and rightly
     "deepseek_r1_prefill": "not_after_prompt",
 }
 
+MAY_LACK = {  # by which shape a template without a place for tools or reasoning is refused, and rightly
+    "tools": ("tool_calls_not_rendered", "tools_left_out"),
+    **dict.fromkeys(("reasoning_in_history", "reasoning_last", "thoughts_in_content"), ("reasoning_left_out",)),
+}
+LEFT_OUT = {reason for reasons in MAY_LACK.values() for reason in reasons}
+
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -85,11 +91,12 @@ def test_no_mask_is_wrong(bundles: Any, file: Path) -> None:
         assert {v.reason for name, v in found.items() if name != "tools"} == {REFUSES[file.stem]}
     else:  # a template may have no place for tools, and say so or drop the call
         refused = {name: v.reason for name, v in found.items() if v.accepted and not v.right}
-        assert refused in ({}, {"tools": "tool_calls_not_rendered"})
+        assert all(reason in MAY_LACK.get(name, ()) for name, reason in refused.items()), refused
 
 
 def test_four_fifths_of_what_templates_accept_is_right(bundles: Any) -> None:
     accepted = [v for file in [*OWN, *BUILT_IN] for v in verdicts(bundles(file)).values() if v.accepted]
+    accepted = [v for v in accepted if v.reason not in LEFT_OUT]  # what the template has no place for
     assert sum(v.right for v in accepted) >= 0.8 * len(accepted)
 
 
@@ -150,7 +157,7 @@ def test_tokenizers_in_the_style_of_sentencepiece(tmp_path: Path, name: str, kin
     for shape, sample in SHAPES.items():
         verdict = judge(bundle.tokenizer, sample, encoder.encode(sample), set(bundle.stop_ids), blanks=False)
         assert not verdict.wrong, (shape, verdict)
-        assert verdict.right or not verdict.accepted or shape == "tools", (shape, verdict)
+        assert verdict.right or not verdict.accepted or verdict.reason in MAY_LACK.get(shape, ()), (shape, verdict)
 
 
 # -- tokenizers written in Python, which know no character offsets
@@ -177,7 +184,7 @@ def test_a_slow_tokenizer_gives_the_same_guarantees(slow: TokenizerBundle, shape
     assert spelled == (shape == "control_tokens")
     arguments = {"sanitize_control_tokens": True} if spelled else {}
     verdict = judge(slow.tokenizer, sample, encoded, set(slow.stop_ids), **arguments)
-    assert verdict.right or (shape, verdict.reason) == ("tools", "tool_calls_not_rendered"), verdict
+    assert verdict.right or verdict.reason in MAY_LACK.get(shape, ()), verdict
     for example in encoded.examples:
         seen = show(example, "a", slow)
         assert "".join(piece.text for piece in seen.pieces) == seen.text
@@ -454,7 +461,7 @@ def test_the_templates_of_trl(bundles: Any, tmp_path: Path, record_property: Any
     assert len(files) == 72
     found = {(file.stem, shape): v for file in files for shape, v in verdicts(bundles(file)).items()}
     assert not {key: v.wrong for key, v in found.items() if v.wrong}
-    accepted = [v for v in found.values() if v.accepted]
+    accepted = [v for v in found.values() if v.accepted and v.reason not in LEFT_OUT]
     record_property("refused", dict(Counter(v.reason for v in accepted if not v.right)))
     assert sum(v.right for v in accepted) >= 0.8 * len(accepted)
     for file in files:

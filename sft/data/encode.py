@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
-from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
+from sft.data.layers import MERGE, Given, Layers, merge_layers, merged_note
+from sft.data.markers import UNMARKED, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
     Encoded,
@@ -26,19 +26,21 @@ from sft.data.outcome import (
     TooLong,
     cut_note,
     listed,
-    reasoning_note,
     refused,
     spelled_note,
     too_long,
     unknown_notes,
     with_notes,
 )
-from sft.data.passage import passage_ids
-from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
-from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
+from sft.data.passage import encoded_passage
+from sft.data.proof import Decoder, Refusal, check_characters, shown
+from sft.data.render import Renderer, Turn, answer_check, message_dicts
+from sft.data.rendered import one_end, rendered_message, rendered_note
+from sft.data.rowargs import ByArguments
 from sft.data.templatekeys import TemplateKeys
-from sft.errors import DataError
-from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
+from sft.data.work import Work, given_by
+from sft.errors import DataError, TemplateError
+from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
 
 if TYPE_CHECKING:
@@ -48,54 +50,46 @@ VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the 
 LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
 
 
-@dataclass
-class Work:
-    """A conversation on its way."""
-
-    sample: Conversation
-    messages: Dicts
-    tools: Sequence[Mapping[str, Any]]
-    weights: tuple[float, ...]
-    trained: tuple[int, ...]
-    rendered: MarkedText
-    marked: bool
-    spelled: dict[str, int]
-    ids: list[int] = field(default_factory=list)
-    untrained: dict[int, list[Stretch]] = field(default_factory=dict)
-    """By message, what the template's markers leave out of its answer."""
-    turns: list[Turn] = field(default_factory=list)
-    """Set where one sequence holds them all."""
-
-    @property
-    def whole(self) -> str:
-        return self.rendered.text
-
-
 class Encoder:
     """Encodes samples with one tokenizer and one set of settings. A row never raises, but a missing template does."""
 
-    def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings) -> None:
+    def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings, *, trial: bool = False) -> None:
+        """`trial`: this one only finds out whether a cure works, and tries none itself."""
         self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
         self.stops = frozenset(bundle.stop_ids)
+        self.stop_texts: list[str] = self.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
         chat = bundle.chat
         texts = dict.fromkeys((chat.text, chat.with_tools) if chat else ())
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
-        self._renderer: Renderer | None = None
         self._keys = TemplateKeys(chat) if chat else None
+        self.trial, self.trials = trial, dict[str, Encoder]()
+        self.renderers = ByArguments(self.made_for)
         if chat is not None:
-            allow = settings.control_tokens_in_text == "allow"
-            self._renderer = Renderer(chat, answer_check(bundle, chat, self.control.everywhere, allow=allow))
+            self.renderers({})
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS
 
     @property
     def renderer(self) -> Renderer:
-        """Of conversations. TemplateError where the model has no template for them."""
-        self.bundle.require_chat()
-        assert self._renderer is not None
-        return self._renderer
+        """Of conversations without arguments of their own. TemplateError where the model has no template for them."""
+        return self.renderers({})[0]
+
+    def made_for(self, arguments: Mapping[str, Any]) -> tuple[Renderer, Layers]:
+        """The renderer for rows with these template arguments, and what is known of its template. TemplateError."""
+        chat = self.bundle.require_chat()
+        chat = replace(chat, variables={**chat.variables, **arguments}) if arguments else chat
+        allow = self.settings.control_tokens_in_text == "allow"
+        made = Renderer(chat, answer_check(self.bundle, chat, self.control.everywhere, allow=allow))
+        return made, Layers(made, None if self.trial else self.tried)
+
+    def tried(self, sample: Conversation, **changes: Any) -> bool:
+        """Whether a row gives examples under changed settings."""
+        key = repr(changes)
+        if key not in self.trials:
+            self.trials[key] = Encoder(self.bundle, replace(self.settings, **changes), trial=True)
+        return bool(self.trials[key].encode_batch([sample])[0].examples)
 
     def named(self, sample: Sample) -> Sample:
         """The sample with the keys of its messages as the template names them, and notes about those it never reads."""
@@ -137,7 +131,7 @@ class Encoder:
             try:
                 if work.marked:
                     work.ids = self.ids(work.whole)
-                notes[i] = [spelled_note(work.sample.source, work.spelled)] if work.marked else []
+                notes[i] = [*work.notes, *([spelled_note(work.sample.source, work.spelled)] if work.marked else [])]
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = refused(work.sample.source, refusal, self.settings)
@@ -165,32 +159,16 @@ class Encoder:
 
     def encode_passage(self, sample: Passage) -> Encoded:
         """A row without a template. Raises Refusal."""
-        settings, end = self.settings, self.bundle.end_of_text
+        end = self.bundle.end_of_text
         assert end is not None
-        if not sample.weight:
-            raise Refusal("nothing_trained", "the row asks not to be trained: train: false or weight: 0")
-        found = passage_ids(sample, self.tokenizer, self.control, mode=settings.control_tokens_in_text,
-                            policy=settings.train_on, end_of_text=end)  # fmt: skip
-        decoded = self.decoder([found.ids[found.start :]])[0]
-        if not self.decoder.same(decoded, found.text):
-            raise Refusal("unprovable", f"expected the trained tokens to decode to {shown(found.text)}, found "
-                                        f"{shown(decoded)}. The tokenizer does not give this text back.")  # fmt: skip
-        notes = [spelled_note(sample.source, found.spelled)] if found.spelled else []
-        notes += unknown_notes(sample.source, self.decoder.unknown(found.ids[found.start :], found.text))
-        length, limit = len(found.ids), settings.max_tokens
-        if length > limit and (settings.over_long != "truncate" or found.start >= limit):
-            return too_long(sample.source, length, settings)
-        if length > limit:
-            notes.append(cut_note(sample.source, length, limit))
-        weights_T = np.zeros(length, dtype=np.float32)
-        weights_T[found.start :] = sample.weight
-        ids_T = np.asarray(found.ids, dtype=np.int32)
-        return Encoded((Example(ids_T[:limit], weights_T[:limit], sample.source),), tuple(notes))
+        stops = dict.fromkeys((end, *self.bundle.stop_ids))
+        return encoded_passage(sample, self.tokenizer, self.control, self.decoder, self.settings, stops=tuple(stops))
 
     # -- text
 
     def open(self, sample: Conversation) -> Work:
         """Render the whole conversation, with the control tokens that its messages spell marked."""
+        sample, changed = self.given(sample)
         weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
@@ -205,16 +183,36 @@ class Encoder:
                     f"the text spells control tokens: {listed(spelled)}. "
                     "Set data.control_tokens_in_text: text to read them as ordinary characters.",
                 )
+            if shown_text := rendered_message(sample, self.tokenizer.bos_token, self.stop_texts):
+                changed.append(rendered_note(sample.source, shown(shown_text)))
             try:
                 messages = [self.control.mark(m, answer=m["role"] == "assistant") for m in messages]
                 tools = [self.control.mark(t, answer=False) for t in tools]
             except DataError as error:
                 raise Refusal("control_tokens", str(error)) from error
-        whole = self.renderer.whole(messages, tools)
+        self.bundle.require_chat()
+        try:
+            renderer, layers = self.renderers(sample.template_args)
+        except TemplateError as error:
+            raise Refusal("template", f"chat_template_kwargs: {error}") from error
+        try:
+            whole = renderer.whole(messages, tools)
+        except Refusal as refusal:
+            raise layers.objection(refusal, sample) from refusal
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)
-        return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
+        return Work(sample, messages, tools, weights, trained, renderer, layers, whole, bool(spelled), spelled,
+                    notes=changed)  # fmt: skip
+
+    def given(self, sample: Conversation) -> tuple[Conversation, list[Note]]:
+        """The row as the template gets it, and what was changed: layers are joined, an end token stands once."""
+        given = merge_layers(sample) if self.settings.layers == MERGE else sample
+        changed = [merged_note(sample)] if given is not sample else []
+        if self.settings.control_tokens_in_text != "allow":
+            return given, changed
+        given, ended = one_end(given, self.stop_texts)
+        return given, [*changed, *ended]
 
     # -- ids
 
@@ -241,18 +239,16 @@ class Encoder:
         if settings.train_on == "all":
             return self.whole_piece(work, notes)
         if len(work.ids) > limit and len(work.trained) > LONG_CHAT and settings.over_long != "truncate":
-            last = next(self.renderer.turns(work.messages, work.tools, work.trained[-1:], work.rendered))
+            last = next(work.renderer.turns(work.messages, work.tools, work.trained[-1:], work.rendered))
             if self.by_markers(work, last, []) and len(piece := self.apart(work, last).rendered.input_ids) > limit:
                 raise TooLong(len(piece))
         turns: list[Turn] = []
         spans: list[Span] = []
-        together, said = True, False
+        together, whole = True, True
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
-        for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
+        for turn in work.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
             if not self.by_markers(work, turn, notes):
                 continue
-            if not said and (said := left_out(work.messages[turn.message], turn.answer)):
-                notes.append(reasoning_note(work.sample.source, turn.message))
             turns.append(turn)
             span = self.span(work, turn, cuts) if together else None
             if span is None:
@@ -260,9 +256,11 @@ class Encoder:
             else:
                 spans.append(span)
             if settings.over_long == "truncate" and (span.start if span else len(self.ids(turn.prompt))) >= limit:
+                whole = False
                 break  # later prompts hold more messages still
         if not turns:
             raise Refusal("nothing_trained", UNMARKED)
+        notes += work.layers.judge(given_by(work, turns, together=together, whole=whole))
         if together:
             work.turns = turns
             return [Piece(Rendered(tuple(work.ids), tuple(spans)), tuple(unmark(turn.answer) for turn in turns))]
@@ -272,7 +270,7 @@ class Encoder:
         """Whether the template's own markers, if any, let this turn be trained; what they leave out of it is kept."""
         if turn.marking is None or turn.marking.covers(turn.answer):
             return True
-        stop = self.renderer.check.stop_of(turn.answer) if turn.closed else ""
+        stop = work.renderer.check.stop_of(turn.answer) if turn.closed else ""
         verdict = marked_turn(turn.marking, turn.answer, stop, turn.message, work.sample)
         notes += [note for note in verdict.notes if note.reason not in {other.reason for other in notes}]
         if verdict.untrained:
@@ -293,7 +291,7 @@ class Encoder:
             start = len(prompt) if work.ids[: len(prompt)] == prompt else None
         if start is None:
             return None
-        stops, number = self.stops, self.renderer.check.count_stops(turn.answer)
+        stops, number = self.stops, work.renderer.check.count_stops(turn.answer)
         for place in range(start, len(work.ids)):
             if work.ids[place] in stops:
                 number -= 1
@@ -332,8 +330,8 @@ class Encoder:
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
         if not work.weights[0]:
             raise Refusal("nothing_trained", "the row asks not to be trained: train: false or weight: 0")
-        lost = (i for i, message in enumerate(work.messages) if left_out(message, work.whole))
-        notes += [reasoning_note(work.sample.source, i) for i in islice(lost, 1)]
+        answers = {i: work.whole for i, message in enumerate(work.messages) if message["role"] == "assistant"}
+        notes += work.layers.judge(Given(work.sample, work.messages, work.tools, answers, [work.whole], proven=False))
         ids, text = list(work.ids), unmark(work.whole)
         end = max((place for place, token in enumerate(ids, 1) if token in self.stops), default=0)
         if not end or self.decoder([ids[end:]])[0].strip():

@@ -1,7 +1,8 @@
 """Row → `Conversation` or `Passage`. A row format is one function in `FORMATS`.
 
     messages            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
-                        also under `conversations` or `conversation`; `tools` beside it; OpenAI's chat format
+                        also under `conversations` or `conversation`; `tools` and `chat_template_kwargs`
+                        beside it; OpenAI's chat format
     sharegpt            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}]}
                         `system` and `tools` beside it
     alpaca              {"instruction": "Translate", "input": "hello", "output": "ahoy"}, `system`, `history`
@@ -24,7 +25,16 @@ from typing import Any
 
 from sft.data.elements import object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
-from sft.data.messages import alpaca_user_text, as_list, fail, text_of, to_message, to_tools
+from sft.data.messages import (
+    ROW_ARGUMENTS,
+    alpaca_user_text,
+    as_list,
+    fail,
+    row_arguments,
+    text_of,
+    to_message,
+    to_tools,
+)
 from sft.data.nulls import Found, clean_calls, clean_tools, comes_of_a_table, null_turns
 from sft.data.readers import Row
 from sft.data.rest import told
@@ -244,7 +254,9 @@ def _conversation(
         roles = ", ".join(m.role for m in found[:6])
         raise fail(row.source, key, None, f"no assistant message among {roles}", "There is nothing to train on")
     made, tools = _tools(row, notes)
-    return _without_foreign_nulls(Conversation(tuple(found), row.source, made), tools, turns, notes)
+    arguments = row_arguments(row.source, row.data.get(ROW_ARGUMENTS))
+    whole = Conversation(tuple(found), row.source, made, template_args=arguments)
+    return _without_foreign_nulls(whole, tools, turns, notes)
 
 
 def _without_foreign_nulls(whole: Conversation, tools: Any, turns: Sequence[Any], notes: Notes) -> Conversation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,11 @@ MOST_ROWS = 500
 
 
 def content_hash(sample: Sample) -> int:
-    """64 bits of what the row says: its messages and tools, or its texts. Where it stands does not matter.
+    """64 bits of what the row says: its messages, tools and template arguments, or its texts; not where it stands.
 
-    Nor does what no model learns to say: ids and other bookkeeping of messages, the ids of calls and their results,
-    `train` and `weight`. Rows that differ in these alone are one conversation, and stay on one side of the split.
+    Nor does what no model learns to say count: ids and other bookkeeping of messages, the ids of calls and their
+    results, `train` and `weight`. Rows that differ in these alone are one conversation, and stay on one side of the
+    split.
     """
     content: Any
     if isinstance(sample, Conversation):
@@ -32,6 +34,8 @@ def content_hash(sample: Sample) -> int:
             [(m.role, m.content, _said(m.extra) if m.extra else {}, None, 1.0) for m in sample.messages],
             sample.tools,
         )
+        if sample.template_args:  # without any, the hash of a row is what it always was
+            content = (*content, json.dumps(sample.template_args, sort_keys=True))
     else:
         content = (sample.kind, sample.prompt, sample.completion)
     digest = hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace"), digest_size=8)

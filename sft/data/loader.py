@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.advice import columns_read_as, columns_unread, kept_nulls, unread_template
+from sft.advice import columns_read_as, columns_unread, kept_nulls, rendered_rows, unread_template
 from sft.config import Config, Data, Source
 from sft.data.encode import Encoder
 from sft.data.heldout import held_out
@@ -84,6 +84,8 @@ def prepare(
     advice = (unread_template(data, report), kept_nulls(report), columns_read_as(report), columns_unread(report))
     for line in chain(*advice):
         say(line)
+    for line in rendered_rows(prepared.report):
+        say(f"WARNING: {line}")
     return prepared
 
 
@@ -95,6 +97,7 @@ def encode_settings(data: Data) -> EncodeSettings:
         control_tokens_in_text=data.control_tokens_in_text,
         template_args=data.template_args,
         unread=data.unread,
+        layers=data.layers,
     )
 
 

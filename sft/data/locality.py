@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sft.errors import TemplateError
@@ -43,6 +44,7 @@ class NotLocal(Exception):
     """The proof failed; the text says at what."""
 
 
+@lru_cache(maxsize=8)
 def local_template(template: str) -> Local | None:
     """The template with a mark at the start of each message, or None where it isn't provably local."""
     try:

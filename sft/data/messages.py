@@ -32,6 +32,7 @@ from sft.data.rowkeys import (
     yes_or_no,
 )
 from sft.errors import DataError, did_you_mean
+from sft.templating import RESERVED
 from sft.types import Message, Role
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -48,6 +49,8 @@ MAX_DEPTH = 64
 """Of tools and tool calls; templates print them with recursion."""
 _INSTEAD_OF_CONTENT = ("tool_calls", *REASONING_NAMES)
 _OF_A_CALL = frozenset(("name", "arguments", "parameters"))
+ROW_ARGUMENTS = "chat_template_kwargs"
+"""The column with a row's own arguments for the template, as TRL reads it."""
 
 
 def fail(source: str, where: str, value: object, problem: str, cure: str) -> DataError:
@@ -328,6 +331,24 @@ def _to_tool(source: str, where: str, tool: Any) -> dict[str, Any]:
     if isinstance(function.get("parameters"), str):
         function["parameters"] = _parsed(source, f"{where}.function.parameters", function["parameters"])
     return plain if function is not plain else {"type": "function", "function": plain}
+
+
+def row_arguments(source: str, value: Any) -> dict[str, Any]:
+    """The arguments of a row, given as an object or as its JSON text. Raises DataError for names that are not the
+    row's to give."""
+    if isinstance(value, str):
+        value = _parsed(source, ROW_ARGUMENTS, value) if value.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise fail(
+            source, ROW_ARGUMENTS, value, f"is {name_of(value)}, expected an object", "Write {enable_thinking: false}"
+        )
+    for name, given in value.items():
+        if name in RESERVED:
+            raise fail(source, f"{ROW_ARGUMENTS}.{name}", given, "is not for a row to set", RESERVED[name])
+    arguments: dict[str, Any] = _plain(source, ROW_ARGUMENTS, value)
+    return {name: given for name, given in arguments.items() if given is not None}
 
 
 def _parsed(source: str, where: str, value: str, cure: str = "Repair the JSON text in this field") -> Any:

@@ -23,6 +23,7 @@ class EncodeSettings:
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
     unread: str = "report"
+    layers: str = "separate"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
 
 
 def reasoning_note(source: str, message: int) -> Note:
-    what = f"message {message} has reasoning that the template leaves out; its content alone is trained"
+    what = f"message {message}, an earlier answer, has reasoning that the template leaves out"
     return Note(source, "altered", "reasoning_left_out", what)
 
 

@@ -96,6 +96,8 @@ def sample_record(sample: Sample, ids_T: NDArray[np.int32], encoder: Encoder) ->
     template renders history otherwise within a prompt, the row is no sample.
     """
     sample = encoder.named(sample)
+    if isinstance(sample, Conversation):
+        sample, _ = encoder.given(sample)
     last = _last_trained(sample) if isinstance(sample, Conversation) else 0
     if last is None:
         return None
@@ -108,8 +110,10 @@ def sample_record(sample: Sample, ids_T: NDArray[np.int32], encoder: Encoder) ->
     if isinstance(sample, Passage):
         texts = {"prompt": sample.prompt, "reference": sample.completion}
         return {"source": sample.source, "messages": [], "tools": [], "prompt_ids": prompt_ids, **texts}
+    arguments = {"template_args": dict(sample.template_args)} if sample.template_args else {}
     return {
         "source": sample.source,
+        **arguments,
         "messages": [message.as_dict() for message in sample.messages[:last]],
         "tools": [dict(tool) for tool in sample.tools],
         "prompt_ids": prompt_ids,
@@ -125,10 +129,11 @@ def served_prompt(sample: Sample, last: int, encoder: Encoder) -> list[int]:
     if isinstance(sample, Passage):
         mode, end = encoder.settings.control_tokens_in_text, encoder.bundle.end_of_text
         assert end is not None
-        found = passage_ids(sample, encoder.tokenizer, encoder.control, mode=mode, policy="auto", end_of_text=end)
+        stops = (end, *encoder.bundle.stop_ids)
+        found = passage_ids(sample, encoder.tokenizer, encoder.control, mode=mode, policy="auto", stops=stops)
         return list(found.ids[: found.start])
     work = encoder.open(sample)
-    (turn,) = encoder.renderer.turns(work.messages, work.tools, (last,), work.rendered)
+    (turn,) = work.renderer.turns(work.messages, work.tools, (last,), work.rendered)
     return encoder.ids(turn.prompt)
 
 

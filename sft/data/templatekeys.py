@@ -93,11 +93,13 @@ class TemplateKeys:
         return replace(sample, messages=tuple(messages), notes=tuple(notes.values()))
 
     def renamed(self, source: str, message: Message, key: str, tools: bool, notes: Notes) -> Message:
-        """The message with its reasoning under a name that the template reads; noted as unread where there is none."""
+        """The message with its reasoning under a name that the template reads; left to `layers` where there is none."""
         value = message.extra[key]
         ours = next((name for name in REASONING_NAMES if self.words[tools].reads(name)), "")
         if is_empty(value):
             return message
+        if not ours and isinstance(value, str):
+            return message  # `layers` refuses or counts reasoning that is not printed
         if not ours or not isinstance(value, str) or message.extra.get(ours) not in (None, "", value):
             _note(source, f"messages[].{key}", value, notes)
             return message
