@@ -202,9 +202,11 @@ def test_arguments_of_a_trained_call_that_are_dropped_are_refused(load: Load) ->
 @pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
 def test_reasoning_under_a_name_that_the_template_does_not_read(load: Load, key: str) -> None:
     sample = conversation(user("2+2?"), answer("four", **{key: "two and two"}))
-    (note,) = encoded(load(REASONS), sample).notes
-    assert (note.action, note.reason) == ("refused", "reasoning_left_out")
-    assert "reads `reasoning`" in note.detail
+    bundle = load(REASONS)
+    found = encoded(bundle, sample)
+    assert said(found) == [("read_as", f"messages[].{key} as reasoning")]
+    (example,) = found.examples
+    assert "<think>two and two</think>four" in bundle.tokenizer.decode(example.input_ids_T)
     assert said(encoded(load(REASONS), conversation(user("2+2?"), answer("four", reasoning="two and two")))) == []
     (note,) = encoded(load(CHATML), sample).notes
     assert "into the content, as <think>" in note.detail, "tried, and works where no key is read"
@@ -221,7 +223,7 @@ def test_other_keys_of_messages_are_named_once(load: Load) -> None:
     sample = conversation(Message("user", "Hello", extra), answer("Hi."), Message("user", "Yes", extra), answer("No."))
     found = encoded(load(CHATML), sample)
     assert said(found) == [
-        ("unread", "messages[].name"), ("unread", "messages[].meta.tags[]"), ("unread", "messages[].score")
+        ("unread", "messages[].name"), ("unread", "messages[].meta.tags[]")
     ]  # fmt: skip
     assert "Zebediah" in found.notes[0].detail
     named = load(template("['user', 'assistant']", "(m.name + ': ' if m.name else '') + m.content"))

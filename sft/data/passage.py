@@ -34,6 +34,8 @@ def encoded_passage(
     stops: Sequence[int],
 ) -> Encoded:  # fmt: skip
     """The example of a row without a template, proven and cut to length. `stops[0]` ends it. Raises Refusal."""
+    if not sample.weight:
+        raise Refusal("nothing_trained", "the row asks not to be trained: train: false or weight: 0")
     found = passage_ids(sample, tokenizer, control, mode=settings.control_tokens_in_text, policy=settings.train_on,
                         stops=stops)  # fmt: skip
     decoded = decoder([found.ids[found.start :]])[0]
