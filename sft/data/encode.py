@@ -82,7 +82,8 @@ class Encoder:
         self._renderer: Renderer | None = None
         if chat is not None:
             allow = settings.control_tokens_in_text == "allow"
-            self._renderer = Renderer(chat, answer_check(bundle, chat, self.control.everywhere, allow=allow))
+            check = answer_check(bundle, chat, self.control.everywhere, allow=allow)
+            self._renderer = Renderer(chat, check, settings.reasoning)
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS

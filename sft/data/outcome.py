@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
+from sft.data.reasoning import Choice
 from sft.types import Example, Note, Rendered
 
 
@@ -19,6 +20,7 @@ class EncodeSettings:
     over_long: str = "drop"
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: Choice | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,400 @@
+"""Reasoning blocks: what a served prompt that opens or closes one says of the answer behind it.
+
+Some templates end their prompts with more than the header of the turn: with an empty block that is closed already
+(`<think>\\n\\n</think>`, an empty thought channel), or with the beginning of one (`<think>\\n`). Where the template renders
+the complete turn otherwise, the answer is no continuation of the prompt as text. What it is instead is found by
+rendering: the same turn with a reasoning that occurs nowhere else (a sentinel) shows where reasoning stands, and what
+the template writes between it and the answer.
+
+- Closed: the turn's own text follows the served prompt.
+- Open: reasoning, the template's closing text and the turn follow it; without reasoning the closing text comes first,
+  if `data.reasoning` allows that, since it teaches the model not to think.
+- The template renders earlier messages otherwise in the prompt than before the complete turn: the served prompt counts,
+  and the turn's own text follows it.
+
+A template may leave reasoning out of complete turns altogether (QwQ, DeepSeek R1). Then the closing text is the
+counterpart of the marker that the prompt opens, with the blanks of the opening: `<think>\\n` … `\\n</think>\\n\\n`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sft.data.control import CLOSE, OPEN
+from sft.data.proof import REASONING_FIELDS, AnswerCheck, Refusal, shown
+from sft.errors import TemplateError
+from sft.templating import ChatTemplate, MarkedText
+from sft.types import Conversation, Message
+
+FIRST, SECOND = "Qmarimba7xylophone", "Zbassoon4piccolo"  # answers that share no letter at their start
+THOUGHT, OTHER_THOUGHT = "Vglockenspiel3", "Kaccordion8"
+MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\n]{1,40}\]|◁[^◁▷]{1,20}▷")
+NAMES = re.compile("think|thought|reason|analysis", re.IGNORECASE)
+LABELS = ("", "think", "thinking", "thought", "thoughts", "reasoning", "analysis")
+WORDS = re.compile(r"[\w ,.:;'’-]{1,80}")
+COUNTERPARTS = (("<", "</"), ("[", "[/"), ("◁", "◁/"), ("START", "END"), ("start", "end"), ("BEGIN", "END"),
+                ("begin", "end"), ("<|", "<"))  # fmt: skip
+THINK, THINK_END = re.compile(f"{OPEN}?<think>{CLOSE}?"), re.compile(f"{OPEN}?</think>{CLOSE}?")
+
+Choice = Literal["train", "context", "drop", "close"]
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+Kind = Literal["closed_block", "reasoning_closed", "reasoning_continued", "history"]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How an answer follows a served prompt that is no beginning of the rendered turn.
+
+    `text` stands before the turn's own text, of which `hidden` characters are context. `block`: what the prompt ends
+    with.
+    """
+
+    kind: Kind
+    text: str
+    block: str
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A turn behind its served prompt: `ended[start:]`, cut at its stop token, behind `lead.text`. `message`: as it was
+    rendered, with reasoning taken out where that is in the lead."""
+
+    lead: Lead
+    ended: MarkedText
+    start: int
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A turn rendered with a sentinel for its reasoning: the text with where that stands, and what the template writes
+    between a reasoning and an answer."""
+
+    ended: MarkedText
+    place: int
+    text: str
+
+    @property
+    def head(self) -> str:
+        return self.ended.text[: self.place]
+
+    @property
+    def behind(self) -> int:
+        return self.place + len(THOUGHT)
+
+
+def split_content(content: str) -> tuple[str, str]:
+    """(Reasoning, answer) of a content that spells `<think>…</think>` at its front; ("", content) of any other."""
+    end = None
+    for end in THINK_END.finditer(content):
+        pass
+    if end is None:
+        return "", content
+    within, words = content[: end.start()], content[end.end() :]
+    begun = THINK.match(within.lstrip())
+    if begun is None and (THINK.search(within) or THINK_END.search(within)):
+        return "", content
+    thoughts = within.lstrip()[begun.end() :] if begun else within
+    return thoughts.strip(), words.lstrip("\n")
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """The reasoning that a message brings, beside its content or at the front of it; empty where there is none."""
+    for field in REASONING_FIELDS:
+        value = message.get(field)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    return split_content(message.get("content") or "")[0]
+
+
+def without_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without what `reasoning_of` finds."""
+    rest = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
+    if isinstance(content := rest.get("content"), str):
+        rest["content"] = split_content(content)[1]
+    return rest
+
+
+def drop_reasoning(sample: Conversation) -> tuple[Conversation, int]:
+    """The conversation without reasoning, and of how many messages it was taken."""
+    messages, dropped = [], 0
+    for message in sample.messages:
+        if message.role == "assistant" and reasoning_of(message.as_dict()):
+            plain = without_reasoning(message.as_dict())
+            extra = {key: value for key, value in plain.items() if key not in ("role", "content")}
+            messages.append(Message(message.role, plain["content"], extra, message.train, message.weight))
+            dropped += 1
+        else:
+            messages.append(message)
+    return (replace(sample, messages=tuple(messages)), dropped) if dropped else (sample, 0)
+
+
+def counterparts(marker: str) -> list[str]:
+    """`</think>` for `<think>`, `<|END_THINKING|>` for `<|START_THINKING|>`, `<channel|>` for `<|channel>`."""
+    found = [marker.replace(a, b, 1) for a, b in COUNTERPARTS if a in marker]
+    found += ["<" + marker[2:-1] + "|>"] if marker.startswith("<|") and not marker.endswith("|>") else []
+    return [other for other in found if other != marker]
+
+
+def is_closed(block: str) -> bool:
+    """Whether a text is a reasoning block with nothing in it: a start and an end marker, and a label at most."""
+    block = block.strip()
+    markers = list(MARKER.finditer(block))
+    if len(markers) != 2 or markers[0].start() or markers[1].end() != len(block) or not NAMES.search(block):
+        return False
+    first, second = markers
+    between = block[first.end() : second.start()].strip()
+    return between in LABELS and second.group() in counterparts(first.group())
+
+
+def is_opening(block: str) -> bool:
+    """Whether a text is one marker, or one line of words, that names reasoning."""
+    block = block.strip()
+    return bool(NAMES.search(block) and (MARKER.fullmatch(block) or WORDS.fullmatch(block)))
+
+
+def derived_closing(block: str, template: str) -> str | None:
+    """The closing text of a block of which the template shows the opening alone; None where it never reads one."""
+    marker = block.strip()
+    if not MARKER.fullmatch(marker):
+        return None
+    end = next((other for other in counterparts(marker) if other in template), None)
+    broken = block.endswith("\n")
+    return None if end is None else f"\n{end}\n\n" if broken else end
+
+
+def shared_length(one: str, other: str) -> int:
+    """How far two texts are the same, never ending within a marker of either."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    for text in (one, other):
+        for match in MARKER.finditer(text, max(0, length - 64)):
+            if match.start() < length < match.end():
+                length = match.start()
+    return length
+
+
+def dense(text: str) -> str:
+    """A text without its blanks, which templates set otherwise in prompts than in turns."""
+    return "".join(text.split())
+
+
+def trailing_blanks(text: str) -> str:
+    return text[len(text.rstrip()) :]
+
+
+class Blocks:
+    """Answers behind prompts that are no beginning of the rendered turn, with one template."""
+
+    def __init__(self, chat: ChatTemplate, check: AnswerCheck, choice: Choice | None, marked: Sequence[bool]) -> None:
+        self.chat, self.check, self.choice, self.marked = chat, check, choice, marked
+        self.small: dict[bool, str | None] = {}
+
+    # -- renderings
+
+    def ended(self, conversations: Sequence[Messages], tools: Tools) -> list[MarkedText | None]:
+        """Each conversation rendered whole; None where the template objects."""
+        found: list[MarkedText | None] = []
+        for messages in conversations:
+            try:
+                if self.marked[bool(tools)]:
+                    found += self.chat.render_marked([messages], tools)
+                else:
+                    found += map(MarkedText, self.chat.render([messages], tools, generation_prompt=False))
+            except TemplateError:
+                found.append(None)
+        return found
+
+    def head(self, before: Messages, tools: Tools) -> str | None:
+        """What the template renders before the answer of the next turn; None where that cannot be told."""
+        texts = self.ended([[*before, {"role": "assistant", "content": s}] for s in (FIRST, SECOND)], tools)
+        if texts[0] is None or texts[1] is None:
+            return None
+        heads = [t.text[: t.text.find(s)] if t.text.count(s) == 1 else None
+                 for t, s in zip((texts[0], texts[1]), (FIRST, SECOND), strict=True)]  # fmt: skip
+        return heads[0] if heads[0] == heads[1] else None
+
+    def closing(self, before: Messages, message: Mapping[str, Any], tools: Tools) -> Closing | None:
+        """The turn with a sentinel for its reasoning, in the first way in which the template renders one.
+
+        None where it renders none before the answer, or writes something there that changes with either of them.
+        """
+        for given in self.ways():
+            pairs = ((THOUGHT, FIRST), (THOUGHT, SECOND), (OTHER_THOUGHT, FIRST))
+            asked = [[*before, given({"role": "assistant", "content": said}, thought)] for thought, said in pairs]
+            texts = self.ended(asked, tools)
+            between = set()
+            for text, (thought, said) in zip(texts, pairs, strict=True):
+                if text is None or text.text.count(thought) != 1 or text.text.count(said) != 1:
+                    break
+                between.add(text.text.partition(thought)[2].partition(said)[0] if said in
+                            text.text.partition(thought)[2] else None)  # fmt: skip
+            else:
+                if len(between) != 1 or (constant := between.pop()) is None or not constant.strip():
+                    continue
+                own = self.ended([[*before, given(message, THOUGHT)]], tools)[0]
+                if own is not None and own.text.count(THOUGHT) == 1:
+                    place = own.text.index(THOUGHT)
+                    behind, same = own.text[place + len(THOUGHT) :], 0
+                    if dense(behind).startswith(dense(constant)):
+                        return Closing(own, place, constant)
+                    same = shared_length(behind.lstrip(), constant.lstrip())
+                    if not message.get("content") and constant.lstrip()[:same].strip():  # a call, not an answer
+                        return Closing(own, place, constant)
+        return None
+
+    def ways(self) -> list[Any]:
+        """The ways to give a template reasoning: fields that it reads, all at once or one alone, or in the content."""
+        text = self.chat.text + self.chat.with_tools
+        fields = [field for field in REASONING_FIELDS if field in text]
+        ways = [lambda message, thought: {**message, **dict.fromkeys(fields, thought)}] if fields else []
+        if len(fields) > 1:
+            ways += [lambda message, thought, field=field: {**message, field: thought} for field in fields]
+        if "</think>" in text:
+            ways.append(
+                lambda message, thought: {
+                    **message,
+                    "content": f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}",
+                }
+            )
+        return ways
+
+    # -- one turn
+
+    def behind(self, messages: Messages, k: int, tools: Tools, prompt: str, ended: MarkedText) -> Found | None:
+        """The turn of message k behind its served prompt; None where the prompt's end is not understood.
+
+        `ended`: messages[:k+1] as the template renders them. Raises Refusal where the rows or `data.reasoning` do not
+        go with the prompt.
+        """
+        before, message = messages[:k], messages[k]
+        thoughts = reasoning_of(message)
+        plain = without_reasoning(message) if thoughts else message
+        bare = self.ended([[*before, plain]], tools)[0] if thoughts else ended
+        head = self.head(before, tools)
+        if bare is None or head is None:
+            return None
+        if thoughts and bare.text.startswith(prompt):
+            return self.closed(k, thoughts, ended, bare, prompt, len(prompt), plain, dropped=False)
+        length = shared_length(prompt, head)
+        block = prompt[length:]
+        closing = self.closing(before, plain, tools)
+        rendered, asked = "" if closing is None else dense(closing.head), dense(prompt)
+        generated = self.generated(before, tools, prompt)
+        if closing is not None and (
+            (rendered == asked and dense(head) != asked)
+            or (is_opening(block) and rendered == dense(prompt[:length]))
+            or (rendered.endswith(dense(generated)) and opens(generated) and not head.endswith(generated))
+        ):
+            return self.opened(k, thoughts, closing, prompt, block, plain)
+        if closing is not None and asked.startswith(rendered) and bare.text.startswith(prompt[:length]):
+            rest = asked[len(rendered) :]
+            if rest and dense(closing.text).startswith(rest) and MARKER.search(rest):
+                return self.closed(k, thoughts, ended, bare, block, self.own(head, length, block), plain)
+        if bare.text.startswith(prompt[:length]):
+            if is_closed(block):
+                return self.closed(k, thoughts, ended, bare, block, self.own(head, length, block), plain)
+            end = derived_closing(block, self.chat.text) if is_opening(block) and closing is None else None
+            if end is not None:
+                return self.derived(k, thoughts, bare, block, end, self.own(head, length, end), plain)
+        return self.after_history(k, thoughts, ended, bare, head, generated, tools, plain)
+
+    def generated(self, before: Messages, tools: Tools, prompt: str) -> str:
+        """What the generation prompt adds to the messages; empty where that cannot be told."""
+        alone = self.ended([before], tools)[0]
+        return prompt[len(alone.text) :] if alone is not None and prompt.startswith(alone.text) else ""
+
+    @staticmethod
+    def own(head: str, length: int, block: str) -> int:
+        """Where the turn's own text begins: behind what prompt and turn share, and behind an end of the block that the
+        template writes before an answer, too."""
+        written = head[length:].strip()
+        return len(head) if written and block.strip().endswith(written) else length
+
+    def closed(
+        self, k: int, thoughts: str, ended: MarkedText, bare: MarkedText, block: str, start: int,
+        message: Mapping[str, Any], *, dropped: bool = True,
+    ) -> Found | None:  # fmt: skip
+        """Behind a block that is closed already: the turn without reasoning."""
+        if thoughts and (ended.text != bare.text or self.choice in ("train", "context")):
+            raise Refusal(
+                "not_after_prompt",
+                f"message {k} has reasoning, but no reasoning can follow its generation prompt, which ends with "
+                f"{shown(block[-40:])}.",
+            )
+        return Found(Lead("closed_block" if dropped else "history", "", block), bare, start, message)
+
+    def opened(
+        self, k: int, thoughts: str, closing: Closing, prompt: str, block: str, message: Mapping[str, Any]
+    ) -> Found:
+        """Behind a block that the prompt opens, where the template renders reasoning."""
+        blanks, missing = trailing_blanks(prompt), trailing_blanks(closing.head)
+        lead = missing[len(blanks) :] if missing.startswith(blanks) else ""
+        if thoughts:
+            hidden = len(lead) + len(thoughts) + len(closing.text) if self.choice == "context" else 0
+            return Found(
+                Lead("reasoning_continued", lead + thoughts, block, hidden), closing.ended, closing.behind, message
+            )
+        self.check_closing(k, block)
+        return Found(Lead("reasoning_closed", lead, block), closing.ended, closing.behind, message)
+
+    def derived(
+        self, k: int, thoughts: str, bare: MarkedText, block: str, end: str, start: int, message: Mapping[str, Any]
+    ) -> Found:
+        """Behind a block that the prompt opens, where the template leaves reasoning out of every turn."""
+        if thoughts:
+            hidden = len(thoughts) + len(end) if self.choice == "context" else 0
+            return Found(Lead("reasoning_continued", thoughts + end, block, hidden), bare, start, message)
+        self.check_closing(k, block)
+        return Found(Lead("reasoning_closed", end, block), bare, start, message)
+
+    def check_closing(self, k: int, block: str) -> None:
+        """Raises Refusal where an answer without reasoning may not close the block."""
+        if self.choice not in ("close", "drop"):
+            raise Refusal(
+                "not_after_prompt",
+                f"message {k} has no reasoning, and its generation prompt opens a block of it with "
+                f"{shown(block)}: whether the model is to think is for you to say.",
+            )
+
+    def after_history(
+        self, k: int, thoughts: str, ended: MarkedText, bare: MarkedText, head: str, generated: str, tools: Tools,
+        message: Mapping[str, Any],
+    ) -> Found | None:  # fmt: skip
+        """Where prompt and turn differ in earlier messages: the turn behind the same header, closed block or not."""
+        between = self.small_between(tools)
+        if not generated.strip() or between is None:
+            return None
+        markers = list(MARKER.finditer(generated))
+        cut = markers[-2].start() if len(markers) > 2 and is_closed(generated[markers[-2].start() :]) else None
+        header, block = (generated, "") if cut is None else (generated[:cut], generated[cut:])
+        if not header.strip() or not head.endswith(header + between):
+            return None
+        start = len(head) - len(between)
+        if block:
+            return self.closed(k, thoughts, ended, bare, block, start, message) if bare.text.startswith(head) else None
+        whole = ended if ended.text.startswith(head[:start]) else None
+        return None if whole is None else Found(Lead("history", "", generated), whole, start, {})
+
+    def small_between(self, tools: Tools) -> str | None:
+        """What the template writes between the header of a turn and its answer, in a small conversation."""
+        if bool(tools) not in self.small:
+            asked = [{"role": "user", "content": OTHER_THOUGHT}]
+            try:
+                prompt = self.chat.render([asked], tools, generation_prompt=True)[0]
+                head = self.head(asked, tools)
+            except TemplateError:
+                head = None
+            self.small[bool(tools)] = None if head is None else head[shared_length(prompt, head) :]
+        return self.small[bool(tools)]
+
+
+def opens(generated: str) -> bool:
+    """Whether a generation prompt ends with an opening."""
+    markers = list(MARKER.finditer(generated.rstrip()))
+    last = generated.rstrip()[markers[-1].start() :] if markers else generated.strip().rpartition("\n")[2]
+    return is_opening(last)
