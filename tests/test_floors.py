@@ -31,6 +31,8 @@ FLOORS: dict[float, str] = {
     "data.passage data.outcome data.reasoning data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
+    2.8: "data.work data.cures",
+    2.9: "data.reasoned",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
-from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
+from sft.data.cures import Cures
+from sft.data.markers import UNMARKED, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
     Encoded,
@@ -26,17 +26,19 @@ from sft.data.outcome import (
     TooLong,
     cut_note,
     listed,
-    reasoning_note,
     refused,
     spelled_note,
     too_long,
     unknown_notes,
 )
 from sft.data.passage import passage_ids
-from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
-from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
+from sft.data.proof import Decoder, Refusal, check_characters, shown
+from sft.data.reasoned import context_end, dropped_note, masked_note, turn_notes, whole_notes
+from sft.data.reasoning import drop_reasoning
+from sft.data.render import Renderer, Turn, answer_check, message_dicts
+from sft.data.work import Work
 from sft.errors import DataError
-from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
+from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
 
 if TYPE_CHECKING:
@@ -46,33 +48,11 @@ VERIFIED_ROWS = 8  # rows whose prompts are also encoded for real, to check the 
 LONG_CHAT = 16  # trained turns from which the last one is looked at first: too long there means too long
 
 
-@dataclass
-class Work:
-    """A conversation on its way."""
-
-    sample: Conversation
-    messages: Dicts
-    tools: Sequence[Mapping[str, Any]]
-    weights: tuple[float, ...]
-    trained: tuple[int, ...]
-    rendered: MarkedText
-    marked: bool
-    spelled: dict[str, int]
-    ids: list[int] = field(default_factory=list)
-    untrained: dict[int, list[Stretch]] = field(default_factory=dict)
-    """By message, what the template's markers leave out of its answer."""
-    turns: list[Turn] = field(default_factory=list)
-    """Set where one sequence holds them all."""
-
-    @property
-    def whole(self) -> str:
-        return self.rendered.text
-
-
 class Encoder:
     """Encodes samples with one tokenizer and one set of settings. A row never raises, but a missing template does."""
 
-    def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings) -> None:
+    def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings, *, cures: bool = True) -> None:
+        self.cures = Cures(bundle, settings, partial(Encoder, cures=False)) if cures else None
         self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
         self.stops = frozenset(bundle.stop_ids)
         chat = bundle.chat
@@ -124,7 +104,7 @@ class Encoder:
                 else:
                     works[i] = self.open(sample)
             except Refusal as refusal:
-                results[i] = refused(sample.source, refusal, self.settings)
+                results[i] = self.refuse(sample, refusal)
         self.tokenize([work for work in works.values() if not work.marked])
         for i, work in works.items():
             try:
@@ -133,13 +113,19 @@ class Encoder:
                 notes[i] = [spelled_note(work.sample.source, work.spelled)] if work.marked else []
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
-                results[i] = refused(work.sample.source, refusal, self.settings)
+                results[i] = self.refuse(samples[i], refusal)
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
-            results[i] = self.judged(works[i], row, faults, notes[i])
+            results[i] = self.judged(samples[i], works[i], row, faults, notes[i])
         return [result for result in results if result is not None]
 
-    def judged(self, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]) -> Encoded:
+    def refuse(self, sample: Sample, refusal: Refusal) -> Encoded:
+        """The row refused, with the cures that were tried on it and work."""
+        return refused(sample.source, self.cures.of(sample, refusal) if self.cures else refusal, self.settings)
+
+    def judged(
+        self, sample: Sample, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]
+    ) -> Encoded:
         """The row's examples if its spans are proven. Turns that are not so in one sequence may be one by one."""
         fault = next((faults[id(piece)] for piece in row if id(piece) in faults), None)
         try:
@@ -150,7 +136,7 @@ class Encoder:
                 return self.close(work, row, notes)
         except Refusal as refusal:
             fault = refusal
-        return refused(work.sample.source, fault, self.settings)
+        return self.refuse(sample, fault)
 
     def encode_passage(self, sample: Passage) -> Encoded:
         """A row without a template. Raises Refusal."""
@@ -178,6 +164,7 @@ class Encoder:
 
     def open(self, sample: Conversation) -> Work:
         """Render the whole conversation, with the control tokens that its messages spell marked."""
+        sample, dropped = drop_reasoning(sample) if self.settings.reasoning == "drop" else (sample, 0)
         weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
@@ -201,7 +188,7 @@ class Encoder:
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)
-        return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
+        return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled, dropped)
 
     # -- ids
 
@@ -225,6 +212,7 @@ class Encoder:
     def pieces(self, work: Work, notes: list[Note]) -> list[Piece]:
         """The sequences that train this conversation. Raises Refusal."""
         limit, settings = self.settings.max_tokens, self.settings
+        notes += [dropped_note(work.sample.source, work.dropped)] if work.dropped else []
         if settings.train_on == "all":
             return self.whole_piece(work, notes)
         if len(work.ids) > limit and len(work.trained) > LONG_CHAT and settings.over_long != "truncate":
@@ -233,13 +221,12 @@ class Encoder:
                 raise TooLong(len(piece))
         turns: list[Turn] = []
         spans: list[Span] = []
-        together, said = True, False
+        together = True
         cuts = None if work.marked else self.aligner.cuts(work.whole, work.ids)
         for turn in self.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
             if not self.by_markers(work, turn, notes):
                 continue
-            if not said and (said := left_out(work.messages[turn.message], turn.answer)):
-                notes.append(reasoning_note(work.sample.source, turn.message))
+            self.by_reasoning(work, turn, notes)
             turns.append(turn)
             span = self.span(work, turn, cuts) if together else None
             if span is None:
@@ -265,6 +252,15 @@ class Encoder:
         if verdict.untrained:
             work.untrained[turn.message] = verdict.untrained
         return verdict.trained
+
+    def by_reasoning(self, work: Work, turn: Turn, notes: list[Note]) -> None:
+        """What `data.reasoning` makes of a turn: said once a row, and kept where it is context. Raises Refusal."""
+        known = {note.reason for note in notes}
+        notes += [note for note in turn_notes(work, turn, self.settings.reasoning) if note.reason not in known]
+        if self.settings.reasoning == "context" and (end := context_end(self.renderer, work, turn)):
+            work.untrained.setdefault(turn.message, []).append((0, end))
+            if "reasoning_masked" not in known:
+                notes.append(masked_note(work.sample.source, turn.message))
 
     def span(self, work: Work, turn: Turn, cuts: Cuts | None) -> Span | None:
         """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""
@@ -317,8 +313,7 @@ class Encoder:
         """Policy `all`: one sequence, every token trained but the messages that say otherwise."""
         if any(weight != 1.0 for weight in work.weights):
             raise Refusal("unprovable", "train_on: all takes no train or weight on single messages")
-        lost = (i for i, message in enumerate(work.messages) if left_out(message, work.whole))
-        notes += [reasoning_note(work.sample.source, i) for i in islice(lost, 1)]
+        notes += whole_notes(work)
         ids, text = list(work.ids), unmark(work.whole)
         end = max((place for place, token in enumerate(ids, 1) if token in self.stops), default=0)
         if not end or self.decoder([ids[end:]])[0].strip():

@@ -1,10 +1,10 @@
 """Reasoning blocks: what a served prompt that opens or closes one says of the answer behind it.
 
 Some templates end their prompts with more than the header of the turn: with an empty block that is closed already
-(`<think>\\n\\n</think>`, an empty thought channel), or with the beginning of one (`<think>\\n`). Where the template renders
-the complete turn otherwise, the answer is no continuation of the prompt as text. What it is instead is found by
-rendering: the same turn with a reasoning that occurs nowhere else (a sentinel) shows where reasoning stands, and what
-the template writes between it and the answer.
+(`<think></think>`, an empty thought channel), or with the beginning of one (`<think>`). Where the template renders the
+complete turn otherwise, the answer is no continuation of the prompt as text. What it is instead is found by rendering:
+the same turn with a reasoning that occurs nowhere else (a sentinel) shows where reasoning stands, and what the template
+writes between it and the answer.
 
 - Closed: the turn's own text follows the served prompt.
 - Open: reasoning, the template's closing text and the turn follow it; without reasoning the closing text comes first,
@@ -19,8 +19,9 @@ counterpart of the marker that the prompt opens, with the blanks of the opening:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from sft.data.control import CLOSE, OPEN
@@ -34,6 +35,7 @@ THOUGHT, OTHER_THOUGHT = "Vglockenspiel3", "Kaccordion8"
 MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\n]{1,40}\]|◁[^◁▷]{1,20}▷")
 NAMES = re.compile("think|thought|reason|analysis", re.IGNORECASE)
 LABELS = ("", "think", "thinking", "thought", "thoughts", "reasoning", "analysis")
+ENDS = re.compile(r"[<\[◁]/|[<\[]\|?(?:END|end)[_ ]|<[^|].*\|>")
 WORDS = re.compile(r"[\w ,.:;'’-]{1,80}")
 COUNTERPARTS = (("<", "</"), ("[", "[/"), ("◁", "◁/"), ("START", "END"), ("start", "end"), ("BEGIN", "END"),
                 ("begin", "end"), ("<|", "<"))  # fmt: skip
@@ -90,11 +92,10 @@ class Closing:
 
 def split_content(content: str) -> tuple[str, str]:
     """(Reasoning, answer) of a content that spells `<think>…</think>` at its front; ("", content) of any other."""
-    end = None
-    for end in THINK_END.finditer(content):
-        pass
-    if end is None:
+    ends = list(THINK_END.finditer(content))
+    if not ends:
         return "", content
+    end = ends[-1]
     within, words = content[: end.start()], content[end.end() :]
     begun = THINK.match(within.lstrip())
     if begun is None and (THINK.search(within) or THINK_END.search(within)):
@@ -155,7 +156,7 @@ def is_closed(block: str) -> bool:
 def is_opening(block: str) -> bool:
     """Whether a text is one marker, or one line of words, that names reasoning."""
     block = block.strip()
-    return bool(NAMES.search(block) and (MARKER.fullmatch(block) or WORDS.fullmatch(block)))
+    return bool(NAMES.search(block) and (WORDS.fullmatch(block) or (MARKER.fullmatch(block) and not ENDS.match(block))))
 
 
 def derived_closing(block: str, template: str) -> str | None:
@@ -183,8 +184,40 @@ def dense(text: str) -> str:
     return "".join(text.split())
 
 
+def beginning(text: str, wanted: str) -> str | None:
+    """The beginning of a text that is another but for blanks, with the blanks at its end where they are the same."""
+    if text.startswith(wanted):
+        return wanted
+    place = 0
+    for character in dense(wanted):
+        place += len(text) - place - len(text[place:].lstrip())
+        if not text.startswith(character, place):
+            return None
+        place += 1
+    blanks = trailing_blanks(wanted)
+    return text[: place + len(blanks)] if text.startswith(blanks, place) else text[:place]
+
+
 def trailing_blanks(text: str) -> str:
     return text[len(text.rstrip()) :]
+
+
+def written_between(text: str, thought: str, said: str) -> str | None:
+    """What stands between a reasoning and its answer; None where they do not come once each, in that order."""
+    if text.count(thought) != 1 or text.count(said) != 1:
+        return None
+    between, found, _ = text.partition(thought)[2].partition(said)
+    return between if found else None
+
+
+def beside(fields: Sequence[str], message: Mapping[str, Any], thought: str) -> dict[str, Any]:
+    """The message with a reasoning beside its content."""
+    return {**message, **dict.fromkeys(fields, thought)}
+
+
+def within(message: Mapping[str, Any], thought: str) -> dict[str, Any]:
+    """The message with a reasoning at the front of its content."""
+    return {**message, "content": f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}"}
 
 
 class Blocks:
@@ -223,45 +256,38 @@ class Blocks:
 
         None where it renders none before the answer, or writes something there that changes with either of them.
         """
+        pairs = ((THOUGHT, FIRST), (THOUGHT, SECOND), (OTHER_THOUGHT, FIRST))
         for given in self.ways():
-            pairs = ((THOUGHT, FIRST), (THOUGHT, SECOND), (OTHER_THOUGHT, FIRST))
             asked = [[*before, given({"role": "assistant", "content": said}, thought)] for thought, said in pairs]
-            texts = self.ended(asked, tools)
-            between = set()
-            for text, (thought, said) in zip(texts, pairs, strict=True):
-                if text is None or text.text.count(thought) != 1 or text.text.count(said) != 1:
-                    break
-                between.add(text.text.partition(thought)[2].partition(said)[0] if said in
-                            text.text.partition(thought)[2] else None)  # fmt: skip
-            else:
-                if len(between) != 1 or (constant := between.pop()) is None or not constant.strip():
-                    continue
-                own = self.ended([[*before, given(message, THOUGHT)]], tools)[0]
-                if own is not None and own.text.count(THOUGHT) == 1:
-                    place = own.text.index(THOUGHT)
-                    behind, same = own.text[place + len(THOUGHT) :], 0
-                    if dense(behind).startswith(dense(constant)):
-                        return Closing(own, place, constant)
-                    same = shared_length(behind.lstrip(), constant.lstrip())
-                    if not message.get("content") and constant.lstrip()[:same].strip():  # a call, not an answer
-                        return Closing(own, place, constant)
+            rendered = zip(self.ended(asked, tools), pairs, strict=True)
+            between = {None if text is None else written_between(text.text, *pair) for text, pair in rendered}
+            constant = between.pop() if len(between) == 1 else None
+            if constant is None or not constant.strip():
+                continue
+            own = self.ended([[*before, given(message, THOUGHT)]], tools)[0]
+            if own is None or own.text.count(THOUGHT) != 1:
+                continue
+            place = own.text.index(THOUGHT)
+            behind = own.text[place + len(THOUGHT) :]
+            written = beginning(behind, constant)
+            if written is None and not message.get("content"):  # a call is closed in part as an answer is
+                same = shared_length(behind.lstrip(), constant.lstrip())
+                written = behind[: len(behind) - len(behind.lstrip()) + same]
+            if written and written.strip():
+                return Closing(own, place, written)
         return None
 
-    def ways(self) -> list[Any]:
+    def between(self, before: Messages, message: Mapping[str, Any], tools: Tools) -> str | None:
+        """What the template writes between the reasoning of a turn and its answer."""
+        found = self.closing(before, without_reasoning(message), tools)
+        return None if found is None else found.text
+
+    def ways(self) -> list[Callable[[Mapping[str, Any], str], dict[str, Any]]]:
         """The ways to give a template reasoning: fields that it reads, all at once or one alone, or in the content."""
         text = self.chat.text + self.chat.with_tools
         fields = [field for field in REASONING_FIELDS if field in text]
-        ways = [lambda message, thought: {**message, **dict.fromkeys(fields, thought)}] if fields else []
-        if len(fields) > 1:
-            ways += [lambda message, thought, field=field: {**message, field: thought} for field in fields]
-        if "</think>" in text:
-            ways.append(
-                lambda message, thought: {
-                    **message,
-                    "content": f"<think>\n{thought}\n</think>\n\n{message.get('content') or ''}",
-                }
-            )
-        return ways
+        groups = [fields, *([field] for field in fields if len(fields) > 1)] if fields else []
+        return [partial(beside, group) for group in groups] + ([within] if "</think>" in text else [])
 
     # -- one turn
 
@@ -290,7 +316,7 @@ class Blocks:
             or (is_opening(block) and rendered == dense(prompt[:length]))
             or (rendered.endswith(dense(generated)) and opens(generated) and not head.endswith(generated))
         ):
-            return self.opened(k, thoughts, closing, prompt, block, plain)
+            return self.opened(k, thoughts, closing, prompt, plain)
         if closing is not None and asked.startswith(rendered) and bare.text.startswith(prompt[:length]):
             rest = asked[len(rendered) :]
             if rest and dense(closing.text).startswith(rest) and MARKER.search(rest):
@@ -301,7 +327,7 @@ class Blocks:
             end = derived_closing(block, self.chat.text) if is_opening(block) and closing is None else None
             if end is not None:
                 return self.derived(k, thoughts, bare, block, end, self.own(head, length, end), plain)
-        return self.after_history(k, thoughts, ended, bare, head, generated, tools, plain)
+        return self.after_history(messages[: k + 1], k, tools, ended, bare, prompt, head, generated, plain)
 
     def generated(self, before: Messages, tools: Tools, prompt: str) -> str:
         """What the generation prompt adds to the messages; empty where that cannot be told."""
@@ -328,10 +354,9 @@ class Blocks:
             )
         return Found(Lead("closed_block" if dropped else "history", "", block), bare, start, message)
 
-    def opened(
-        self, k: int, thoughts: str, closing: Closing, prompt: str, block: str, message: Mapping[str, Any]
-    ) -> Found:
+    def opened(self, k: int, thoughts: str, closing: Closing, prompt: str, message: Mapping[str, Any]) -> Found:
         """Behind a block that the prompt opens, where the template renders reasoning."""
+        block = prompt[len(prompt) - len(opening_of(prompt)) :]
         blanks, missing = trailing_blanks(prompt), trailing_blanks(closing.head)
         lead = missing[len(blanks) :] if missing.startswith(blanks) else ""
         if thoughts:
@@ -362,13 +387,15 @@ class Blocks:
             )
 
     def after_history(
-        self, k: int, thoughts: str, ended: MarkedText, bare: MarkedText, head: str, generated: str, tools: Tools,
-        message: Mapping[str, Any],
+        self, messages: Messages, k: int, tools: Tools, ended: MarkedText, bare: MarkedText, prompt: str, head: str,
+        generated: str, message: Mapping[str, Any],
     ) -> Found | None:  # fmt: skip
         """Where prompt and turn differ in earlier messages: the turn behind the same header, closed block or not."""
         between = self.small_between(tools)
-        if not generated.strip() or between is None:
+        if between is None or not head.endswith(between):
             return None
+        if not generated.strip():
+            return self.after_words(messages, ended, prompt, head[: len(head) - len(between)])
         markers = list(MARKER.finditer(generated))
         cut = markers[-2].start() if len(markers) > 2 and is_closed(generated[markers[-2].start() :]) else None
         header, block = (generated, "") if cut is None else (generated[:cut], generated[cut:])
@@ -376,9 +403,22 @@ class Blocks:
             return None
         start = len(head) - len(between)
         if block:
+            thoughts = reasoning_of(messages[k])
             return self.closed(k, thoughts, ended, bare, block, start, message) if bare.text.startswith(head) else None
-        whole = ended if ended.text.startswith(head[:start]) else None
-        return None if whole is None else Found(Lead("history", "", generated), whole, start, {})
+        if not ended.text.startswith(head[:start]):
+            return None
+        return Found(Lead("history", "", generated), ended, start, messages[k])
+
+    @staticmethod
+    def after_words(messages: Messages, ended: MarkedText, prompt: str, head: str) -> Found | None:
+        """Where the template has no header of its own for answers: behind the same last message, whole in both."""
+        words = str(messages[-2].get("content") or "").strip()
+        length = next((i for i, (a, b) in enumerate(zip(reversed(prompt), reversed(head), strict=False)) if a != b),
+                      min(len(prompt), len(head)))  # fmt: skip
+        same = prompt[len(prompt) - length :]
+        if not words or words not in same or same.rstrip().endswith(words) or not ended.text.startswith(head):
+            return None
+        return Found(Lead("history", "", ""), ended, len(head), messages[-1])
 
     def small_between(self, tools: Tools) -> str | None:
         """What the template writes between the header of a turn and its answer, in a small conversation."""
@@ -389,12 +429,18 @@ class Blocks:
                 head = self.head(asked, tools)
             except TemplateError:
                 head = None
-            self.small[bool(tools)] = None if head is None else head[shared_length(prompt, head) :]
+            same = 0 if head is None else shared_length(prompt, head)
+            self.small[bool(tools)] = None if head is None else head[same:]
         return self.small[bool(tools)]
 
 
-def opens(generated: str) -> bool:
-    """Whether a generation prompt ends with an opening."""
-    markers = list(MARKER.finditer(generated.rstrip()))
-    last = generated.rstrip()[markers[-1].start() :] if markers else generated.strip().rpartition("\n")[2]
-    return is_opening(last)
+def opening_of(prompt: str) -> str:
+    """The last marker of a prompt, or the line behind it, with the blanks at its end."""
+    text = prompt.rstrip()
+    begun = max((match.start() for match in MARKER.finditer(text, max(0, len(text) - 96))), default=0)
+    return prompt[max(begun, text.rfind("\n") + 1) :]
+
+
+def opens(prompt: str) -> bool:
+    """Whether a prompt ends with an opening."""
+    return is_opening(opening_of(prompt))

@@ -259,7 +259,7 @@ class Renderer:
         found = self.blocks.behind(messages, k, tools, prompt, ended)
         if found is None:
             raise not_after(k, prompt, ended.text)
-        said = [*messages[:k], dict(found.message or messages[k])]
+        said = [*messages[:k], dict(found.message)]
         answer, closed = self.answer(said, k, found.ended.text[found.start :])
         lead = found.lead.text
         if self.check.stop.search(lead):
