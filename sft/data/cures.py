@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from sft.data.outcome import Encoded, EncodeSettings
 from sft.data.proof import Refusal, shown
-from sft.data.reasoning import NAMES, Choice, reasoning_of
+from sft.data.reasoning import Choice
+from sft.data.thoughts import NAMES, reasoning_of
 from sft.errors import SftError
 from sft.templating import parse
 from sft.types import Conversation, Sample

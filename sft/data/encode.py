@@ -34,8 +34,8 @@ from sft.data.outcome import (
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, shown
 from sft.data.reasoned import context_end, dropped_note, masked_note, turn_notes, whole_notes
-from sft.data.reasoning import drop_reasoning
 from sft.data.render import Renderer, Turn, answer_check, message_dicts
+from sft.data.thoughts import drop_reasoning
 from sft.data.work import Work
 from sft.errors import DataError
 from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup

@@ -10,8 +10,9 @@ from typing import Any
 from sft.data.control import unmark
 from sft.data.outcome import reasoning_note
 from sft.data.proof import Refusal, left_out, shown
-from sft.data.reasoning import THINK_END, Choice, beginning, opens, reasoning_of
+from sft.data.reasoning import Choice
 from sft.data.render import Renderer, Turn
+from sft.data.thoughts import THINK_END, beginning, opens, reasoning_of
 from sft.data.work import Work
 from sft.types import Note
 
@@ -41,10 +42,10 @@ def turn_notes(work: Work, turn: Turn, choice: Choice | None) -> list[Note]:
         return [reasoning_note(source, k), *lead_notes(source, k, turn)]
     if lead is not None:
         return lead_notes(source, k, turn)
-    if turn.prompt_end is not None and not reasoning_of(message):
-        if opens(turn.whole[max(0, turn.prompt_end - END) : turn.prompt_end]):
-            said = "the template closes the reasoning block that the served prompt opens"
-            return [Note(source, "altered", "reasoning_closed", f"message {k} has no reasoning: {said}")]
+    end = turn.prompt if turn.prompt_end is None else turn.whole[max(0, turn.prompt_end - END) : turn.prompt_end]
+    if opens(end) and not reasoning_of(message):
+        said = "the template closes the reasoning block that the served prompt opens"
+        return [Note(source, "altered", "reasoning_closed", f"message {k} has no reasoning: {said}")]
     return []
 
 

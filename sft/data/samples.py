@@ -14,8 +14,8 @@ from sft.data.ledger import Ledger
 from sft.data.passage import passage_ids
 from sft.data.pipeline import RowBatch, to_sample
 from sft.data.proof import Refusal
-from sft.data.reasoning import drop_reasoning
 from sft.data.store import StoreWriter
+from sft.data.thoughts import drop_reasoning
 from sft.types import Conversation, Note, Passage, Sample
 
 if TYPE_CHECKING:
