@@ -29,8 +29,9 @@ FLOORS: dict[float, str] = {
     1.3: "resume",
     1.5: "configfile",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.passage data.outcome data.reasoning data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
+    "data.passage data.reasoning data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
+    2.1: "data.outcome",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     2.8: "data.work data.cures",
     2.9: "data.reasoned",

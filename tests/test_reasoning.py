@@ -52,7 +52,8 @@ THOUGHT = conversation(user("What is two plus two?"), answer("It is four.", "Two
 SPELLED = conversation(user("What is two plus two?"), answer("<think>\nTwo and two.\n</think>\n\nIt is four."))
 AGENT = conversation(
     user("Weather in Paris?"), answer("", "I must look.", tool_calls=[CALL]),
-    Message("tool", "sunny", {"name": "get_weather", "tool_call_id": "call00001"}), answer("It is sunny.", "It says so."),
+    Message("tool", "sunny", {"name": "get_weather", "tool_call_id": "call00001"}),
+    answer("It is sunny.", "It says so."),
     user("Thanks!"), answer("You are welcome.", "They are polite."), tools=TOOLS,
 )  # fmt: skip
 
@@ -90,9 +91,13 @@ def seen(
             return_dict=False, **arguments,
         )  # fmt: skip
         start = trained.index(True)
-        assert ids[: len(served)] == served and start >= len(served) and all(trained[start:])
+        end = len(trained) - trained[::-1].index(True)
+        assert ids[: len(served)] == served
+        assert start >= len(served)
+        assert all(trained[start:end])
+        assert not bundle.tokenizer.decode(ids[end:]).strip()
         prompt = bundle.tokenizer.decode(served)
-        texts = (bundle.tokenizer.decode(part) for part in (ids[len(served) : start], ids[start:]))
+        texts = (bundle.tokenizer.decode(part) for part in (ids[len(served) : start], ids[start:end]))
         found.append((prompt[prompt.rindex("<|im_start|>" if "<|im_start|>" in prompt else "<") :], *texts))
     return found
 
@@ -152,9 +157,9 @@ def test_without_the_key_an_open_block_refuses_an_answer_without_reasoning(load:
     (note,) = encoded(load("open_think"), PLAIN).notes
     assert (note.action, note.reason) == ("refused", "not_after_prompt")
     assert note.detail == (
-        "message 1 has no reasoning, and its generation prompt opens a block of it with '<think>\\n': whether the model "
-        "is to think is for you to say. What works for it, as tried: `data.reasoning: close` (the answer closes the "
-        "block first: the model is taught to answer without thinking); or `data.template_args: {enable_thinking: "
+        "message 1 has no reasoning, and its generation prompt opens a block of it with '<think>\\n': whether the "
+        "model is to think is for you to say. What works for it, as tried: `data.reasoning: close` (the answer closes "
+        "the block first: the model is taught to answer without thinking); or `data.template_args: {enable_thinking: "
         "false}` (prompts then end with 'im_start|>assistant\\n<think>\\n\\n</think>\\n\\n')."
     )
 
@@ -212,7 +217,8 @@ def test_a_template_that_never_renders_reasoning_has_it_behind_its_opening(load:
         return str(bundle.tokenizer.decode(example.input_ids_T[example.weights_T > 0]))
 
     (note,) = encoded(bundle, sample).notes
-    assert note.reason == "not_after_prompt" and "`data.reasoning: train` (its reasoning is trained)" in note.detail
+    assert note.reason == "not_after_prompt"
+    assert "`data.reasoning: train` (its reasoning is trained)" in note.detail
     assert trained("train", sample) == "Two and two.\n</think>\n\n" + end
     assert trained("context", sample) == end
     assert trained("drop", sample) == trained("close", PLAIN) == "\n</think>\n\n" + end
@@ -256,7 +262,8 @@ def test_three_turns_with_tools_are_as_served(load: Any, choice: Choice | None, 
              ("They are polite.", "You are welcome.<|im_end|>")]  # fmt: skip
     result = encoded(bundle, AGENT, choice)
     if len(result.examples) == 1:  # where history keeps reasoning, one sequence serves all
-        assert kept and choice in (None, "train", "context", "close")
+        assert kept
+        assert choice in (None, "train", "context", "close")
         (example,) = result.examples
         trained = bundle.tokenizer.decode(example.input_ids_T[example.weights_T > 0])
         parts = [words if choice == "context" else f"{thoughts}\n</think>\n\n{words}" for thoughts, words in texts]
@@ -288,8 +295,11 @@ def test_a_prompt_whose_history_the_turn_forgets(load: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", [None, "train", "context", "drop", "close"])
-@pytest.mark.parametrize("name", ["neither", "leaky_closing", "reasoning_behind"])
-@pytest.mark.parametrize("sample", [PLAIN, THOUGHT], ids=["plain", "thought"])
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [("neither", PLAIN), ("neither", THOUGHT), ("leaky_closing", PLAIN), ("reasoning_behind", PLAIN),
+     ("reasoning_behind", THOUGHT)],
+)  # fmt: skip
 def test_what_is_neither_open_nor_closed_is_refused(
     load: Any, name: str, choice: Choice | None, sample: Conversation
 ) -> None:
@@ -384,7 +394,8 @@ def test_samples_hold_the_served_prompt(load: Any, choice: Choice) -> None:
 def test_the_key_is_no_change_where_it_is_not_set() -> None:
     base = {"model": {"name": "m"}, "data": {"train": "a.jsonl"}}
     config = Config.model_validate(base)
-    assert config.data.reasoning is None and encode_settings(config.data).reasoning is None
+    assert config.data.reasoning is None
+    assert encode_settings(config.data).reasoning is None
     given = {"data_digest": "a", "eval_digest": "b", "tokenizer_digest": "c", "base_digest": "d", "total_steps": 3}
     now = fingerprint(config, **given)  # type: ignore[arg-type]
     before = {key: value for key, value in now.items() if key != "data.reasoning"}
@@ -395,7 +406,7 @@ def test_the_key_is_no_change_where_it_is_not_set() -> None:
 
 def test_all_trains_reasoning_too() -> None:
     for choice in ("context", "close"):
-        with pytest.raises(ValidationError, match="data.train_on is all, which trains every token"):
+        with pytest.raises(ValidationError, match=r"data\.train_on is all, which trains every token"):
             Config.model_validate(
                 {"model": {"name": "m"}, "data": {"train": "a.jsonl", "train_on": "all", "reasoning": choice}}
             )

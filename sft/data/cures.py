@@ -171,17 +171,14 @@ def template_arguments(template: str) -> list[tuple[str, list[Any]]]:
         names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
     found = []
     for name in sorted(name for name in names if name not in OWN and is_about_thinking(name)):
-        constants: list[Any] = []
+        constants: list[str | int | float] = []
         for node in tree.find_all(nodes.Compare):
             sides = [node.expr, *(operand.expr for operand in node.ops)]
             if any(isinstance(side, nodes.Name) and side.name == name for side in sides):
-                constants += [
-                    constant.value
-                    for side in sides
-                    for constant in ([side] if isinstance(side, nodes.Const) else side.find_all(nodes.Const))
-                ]
-        words = [value for value in dict.fromkeys(constants) if isinstance(value, str | int | float)]
-        plain = [value for value in words if not isinstance(value, bool)]
+                parts = [p for s in sides for p in ([s] if isinstance(s, nodes.Const) else s.find_all(nodes.Const))]
+                values = [v for p in parts for v in (p.value if isinstance(p.value, list | tuple) else [p.value])]
+                constants += [value for value in values if isinstance(value, str | int | float)]
+        plain = [value for value in dict.fromkeys(constants) if not isinstance(value, bool)]
         found.append((name, plain or [False, True]))
     return found
 

@@ -39,7 +39,7 @@ from sft.data.thoughts import (
     without_reasoning,
 )
 from sft.errors import TemplateError
-from sft.templating import ChatTemplate, MarkedText
+from sft.templating import ChatTemplate, MarkedText, read_markup
 
 FIRST, SECOND = "Qmarimba7xylophone", "Zbassoon4piccolo"  # answers that share no letter at their start
 THOUGHT, OTHER_THOUGHT = "Vglockenspiel3", "Kaccordion8"
@@ -94,11 +94,9 @@ class Closing:
 
 
 def written_between(text: str, thought: str, said: str) -> str | None:
-    """What stands between a reasoning and its answer; None where they do not come once each, in that order."""
-    if text.count(thought) != 1 or text.count(said) != 1:
-        return None
+    """What stands between a reasoning and the answer behind it; None where that does not come once."""
     between, found, _ = text.partition(thought)[2].partition(said)
-    return between if found else None
+    return between if found and text.count(said) == 1 else None
 
 
 def beside(fields: Sequence[str], message: Mapping[str, Any], thought: str) -> dict[str, Any]:
@@ -116,7 +114,9 @@ class Blocks:
 
     def __init__(self, chat: ChatTemplate, check: AnswerCheck, choice: Choice | None, marked: Sequence[bool]) -> None:
         self.chat, self.check, self.choice, self.marked = chat, check, choice, marked
+        self.reads_content = any("</think>" in read_markup(text) for text in {chat.text, chat.with_tools})
         self.small: dict[bool, str | None] = {}
+        self.renders: dict[bool, bool] = {}
 
     # -- renderings
 
@@ -150,11 +150,13 @@ class Blocks:
         pairs = ((THOUGHT, FIRST), (THOUGHT, SECOND), (OTHER_THOUGHT, FIRST))
         for given in self.ways():
             asked = [[*before, given({"role": "assistant", "content": said}, thought)] for thought, said in pairs]
-            rendered = zip(self.ended(asked, tools), pairs, strict=True)
-            between = {None if text is None else written_between(text.text, *pair) for text, pair in rendered}
+            texts = ["" if text is None else text.text for text in self.ended(asked, tools)]
+            if any(text.count(thought) != 1 for text, (thought, _) in zip(texts, pairs, strict=True)):
+                continue  # it reads reasoning otherwise
+            between = {written_between(text, *pair) for text, pair in zip(texts, pairs, strict=True)}
             constant = between.pop() if len(between) == 1 else None
             if constant is None or not constant.strip():
-                continue
+                return None
             own = self.ended([[*before, given(message, THOUGHT)]], tools)[0]
             if own is None or own.text.count(THOUGHT) != 1:
                 continue
@@ -168,6 +170,13 @@ class Blocks:
                 return Closing(own, place, written)
         return None
 
+    def renders_reasoning(self, before: Messages, tools: Tools) -> bool:
+        """Whether the template renders the reasoning of an answer anywhere."""
+        if bool(tools) not in self.renders:
+            asked = [[*before, given({"role": "assistant", "content": FIRST}, THOUGHT)] for given in self.ways()]
+            self.renders[bool(tools)] = any(t is not None and THOUGHT in t.text for t in self.ended(asked, tools))
+        return self.renders[bool(tools)]
+
     def between(self, before: Messages, message: Mapping[str, Any], tools: Tools) -> str | None:
         """What the template writes between the reasoning of a turn and its answer."""
         found = self.closing(before, without_reasoning(message), tools)
@@ -178,7 +187,7 @@ class Blocks:
         text = self.chat.text + self.chat.with_tools
         fields = [field for field in REASONING_FIELDS if field in text]
         groups = [fields, *([field] for field in fields if len(fields) > 1)] if fields else []
-        return [partial(beside, group) for group in groups] + ([within] if "</think>" in text else [])
+        return [partial(beside, group) for group in groups] + ([within] if self.reads_content else [])
 
     # -- one turn
 
@@ -215,8 +224,8 @@ class Blocks:
         if bare.text.startswith(prompt[:length]):
             if is_closed(block):
                 return self.closed(k, thoughts, ended, bare, block, self.own(head, length, block), plain)
-            end = derived_closing(block, self.chat.text) if is_opening(block) and closing is None else None
-            if end is not None:
+            end = derived_closing(block, self.chat.text) if is_opening(block) else None
+            if end is not None and closing is None and not self.renders_reasoning(before, tools):
                 return self.derived(k, thoughts, bare, block, end, self.own(head, length, end), plain)
         return self.after_history(messages[: k + 1], k, tools, ended, bare, prompt, head, generated, plain)
 
