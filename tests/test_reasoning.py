@@ -160,7 +160,7 @@ def test_without_the_key_an_open_block_refuses_an_answer_without_reasoning(load:
         "message 1 has no reasoning, and its generation prompt opens a block of it with '<think>\\n': whether the "
         "model is to think is for you to say. What works for it, as tried: `data.reasoning: close` (the answer closes "
         "the block first: the model is taught to answer without thinking); or `data.template_args: {enable_thinking: "
-        "false}` (prompts then end with 'im_start|>assistant\\n<think>\\n\\n</think>\\n\\n')."
+        "false}` (prompts then end with '|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n')."
     )
 
 

@@ -255,12 +255,11 @@ class Encoder:
 
     def by_reasoning(self, work: Work, turn: Turn, notes: list[Note]) -> None:
         """What `data.reasoning` makes of a turn: said once a row, and kept where it is context. Raises Refusal."""
-        known = {note.reason for note in notes}
-        notes += [note for note in turn_notes(work, turn, self.settings.reasoning) if note.reason not in known]
+        found = turn_notes(self.renderer, work, turn, self.settings.reasoning)
         if self.settings.reasoning == "context" and (end := context_end(self.renderer, work, turn)):
             work.untrained.setdefault(turn.message, []).append((0, end))
-            if "reasoning_masked" not in known:
-                notes.append(masked_note(work.sample.source, turn.message))
+            found.append(masked_note(work.sample.source, turn.message))
+        notes += [note for note in found if note.reason not in {other.reason for other in notes}]
 
     def span(self, work: Work, turn: Turn, cuts: Cuts | None) -> Span | None:
         """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""

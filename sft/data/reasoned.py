@@ -28,7 +28,7 @@ def masked_note(source: str, message: int) -> Note:
     return Note(source, "altered", "reasoning_masked", f"message {message}: its reasoning is context and not trained")
 
 
-def turn_notes(work: Work, turn: Turn, choice: Choice | None) -> list[Note]:
+def turn_notes(renderer: Renderer, work: Work, turn: Turn, choice: Choice | None) -> list[Note]:
     """What is to be said of one turn. Raises Refusal where reasoning is asked for that the template leaves out."""
     source, k = work.sample.source, turn.message
     message, lead = work.messages[k], turn.lead
@@ -42,6 +42,8 @@ def turn_notes(work: Work, turn: Turn, choice: Choice | None) -> list[Note]:
         return [reasoning_note(source, k), *lead_notes(source, k, turn)]
     if lead is not None:
         return lead_notes(source, k, turn)
+    if not renderer.blocks.names_reasoning:
+        return []
     end = turn.prompt if turn.prompt_end is None else turn.whole[max(0, turn.prompt_end - END) : turn.prompt_end]
     if opens(end) and not reasoning_of(message):
         said = "the template closes the reasoning block that the served prompt opens"

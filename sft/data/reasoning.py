@@ -26,6 +26,7 @@ from typing import Any, Literal
 from sft.data.proof import REASONING_FIELDS, AnswerCheck, Refusal, shown
 from sft.data.thoughts import (
     MARKER,
+    NAMES,
     beginning,
     dense,
     derived_closing,
@@ -114,6 +115,7 @@ class Blocks:
 
     def __init__(self, chat: ChatTemplate, check: AnswerCheck, choice: Choice | None, marked: Sequence[bool]) -> None:
         self.chat, self.check, self.choice, self.marked = chat, check, choice, marked
+        self.names_reasoning = bool(NAMES.search(chat.text + chat.with_tools))
         self.reads_content = any("</think>" in read_markup(text) for text in {chat.text, chat.with_tools})
         self.small: dict[bool, str | None] = {}
         self.renders: dict[bool, bool] = {}
