@@ -94,7 +94,10 @@ def unread_template(data: Data, report: Mapping[str, Any]) -> Iterator[str]:
     """
     if report["templated"] or all(source.format == "text" for source in data.train):
         return
-    for key, value, default in (("template", data.template, "model"), ("template_args", data.template_args, {})):
+    for key, value, default in (
+        ("template", data.template, "model"), ("template_args", data.template_args, {}),
+        ("reasoning", data.reasoning, None),
+    ):  # fmt: skip
         if value != default:
             yield f"data.{key}: all rows are text or pairs of strings, which no template renders"
 

@@ -42,6 +42,7 @@ RowField = Literal[
 Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+Reasoning = Literal["train", "context", "drop", "close"]
 ControlTokens = Literal["text", "allow", "error"]
 EvalMetric = Literal["eval.loss", "eval.perplexity", "eval.token_accuracy", "eval.stop_probability"]
 
@@ -172,6 +173,8 @@ class Data(Section):
     """System and developer messages at a row's start: separate: as they are; merge_into_system: joined in one."""
     train_on: Policy = "auto"
     """auto: assistant for conversations, completion for prompt/completion texts, all for text."""
+    reasoning: Reasoning | None = None
+    """Of answers: train it, context: keep it untrained, drop it; close: answers without may close an open block."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """Of one example."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
@@ -201,6 +204,15 @@ class Data(Section):
         if isinstance(value, list):
             return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @model_validator(mode="after")
+    def all_trains_reasoning_too(self) -> Data:
+        if self.train_on == "all" and self.reasoning in ("context", "close"):
+            raise ValueError(
+                f"data.reasoning is {self.reasoning}, which is about answers, but data.train_on is all, which trains "
+                "every token as it is rendered. Write data.reasoning: drop or null, or data.train_on: assistant"
+            )
+        return self
 
     @field_validator("eval")
     @classmethod

@@ -65,6 +65,10 @@ _NAMES: dict[str, tuple[str, str]] = {
         "model (its own), chatml, zephyr, tulu, or a path to a .jinja file",
     ),
     "data.template_args": ("chat_template_kwargs enable_thinking default_system", "given to the chat template"),
+    "data.reasoning": (
+        "train_on_reasoning mask_thinking mask_reasoning split_thinking",
+        "train, context, drop or close; null leaves it to the template",
+    ),
     "data.train_on": (
         "train_on_inputs train_on_input assistant_only_loss completion_only_loss "
         "train_on_prompt mask_history roles_to_train "

@@ -17,6 +17,16 @@ METRICS = {
     "token_accuracy": "token accuracy",
     "stop_probability": "probability of stopping where a turn ends",
 }
+REASONING = {
+    "train": "Reasoning was trained. Serve it as usual: the model writes its thoughts before it answers, and a "
+    "server's reasoning parser takes them out.",
+    "context": "Reasoning was context and not trained: the model thinks as its base does and answers as trained. Leave "
+    "it room to think.",
+    "drop": "Reasoning was left out: the model is taught to answer without it. Where a prompt opens a block of it, the "
+    "answer closes the block first. Leave reasoning out of earlier messages as well.",
+    "close": "Answers without reasoning close the block that a prompt opens, so the model may answer without thinking. "
+    "Serve it as usual: what stands before the closing text is reasoning, mostly empty.",
+}
 METHODS = {"full": "full finetune", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -229,8 +239,23 @@ def _template(report: Mapping[str, Any], config: Mapping[str, Any], serving: str
     arguments = config["data"].get("template_args")
     if arguments:
         lines += ["", f"The template was given `{json.dumps(arguments, ensure_ascii=False)}`; give it the same."]
+    lines += _reasoning(report, config["data"].get("reasoning"))
     lines += ["", f"Serving equals training: {serving or 'not checked.'}"]
     return "\n".join(lines)
+
+
+def _reasoning(report: Mapping[str, Any], choice: str | None) -> list[str]:
+    """What was chosen for reasoning, and how to serve it."""
+    altered = report.get("altered") or {}
+    closed = altered.get("reasoning_closed", 0)
+    lines = ["", f"`data.reasoning: {choice}`: {REASONING[choice]}"] if choice else []
+    if closed and not choice:
+        lines += ["", f"In {closed:,} rows an answer without reasoning closes the block that its prompt opens, as the "
+                      "template renders it: the model is taught to answer without thinking."]  # fmt: skip
+    if altered.get("closed_block"):
+        lines += ["", "Prompts end with a reasoning block that is closed already; the answers stand behind it. Serve "
+                      "it without turning reasoning on."]  # fmt: skip
+    return lines
 
 
 def _versions(environment: Mapping[str, str] | None) -> str:

@@ -46,7 +46,7 @@ def _unread_prefixes(config: Config) -> Iterator[tuple[str, str]]:
         yield "log.project", "log.trackers is empty"
         yield "log.name", "log.trackers is empty"
     if all(source.format == "text" for source in data.train):
-        for key in ("template", "template_args"):
+        for key in ("template", "template_args", "reasoning"):
             yield f"data.{key}", "all training data is plain text, which no template renders"
     for name, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources if isinstance(sources, list) else []):

@@ -22,6 +22,7 @@ FLOORS: dict[float, str] = {
     0.2: "datanames",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
     "hush versions data.jsontext data.control data.proof",
+    0.6: "data.thoughts",
     0.8: "longattention devices data.arrowjson data.elements data.nulls data.folding data.delimiter data.splits "
     "data.memo",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
@@ -31,14 +32,15 @@ FLOORS: dict[float, str] = {
     1.5: "configfile",
     1.9: "data.rowkeys",
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
-    "data.outcome data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
+    "data.reasoning data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
-    2.1: "data.rendered data.rowargs data.evidence",
-    2.2: "weightfiles data.passage",
-    2.3: "data.rest data.templatekeys",
+    2.1: "data.outcome data.rendered data.rowargs data.evidence",
+    2.2: "weightfiles data.passage data.joined data.trials",
+    2.3: "data.rest data.templatekeys data.cures",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     2.7: "data.layers",
     2.8: "data.work",
+    2.9: "data.reasoned",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sft.data.encode import Encoder, EncodeSettings
 from sft.data.evidence import Evidence, leaves
-from sft.data.layers import MERGE, merge_layers
+from sft.data.joined import MERGE, merge_layers
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message
 

@@ -94,6 +94,23 @@ def test_the_code_on_the_card_is_python(tuning: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("train", "Reasoning was trained."), ("context", "not trained"), ("drop", "Leave reasoning out of earlier"),
+        ("close", "may answer without thinking"),
+    ],
+)  # fmt: skip
+def test_it_says_what_became_of_reasoning_and_how_to_serve_it(choice: str, said: str) -> None:
+    raw = config(tuning="full")
+    assert "easoning" not in model_card(raw, REPORT)
+    raw["data"]["reasoning"] = choice
+    card = model_card(raw, {**REPORT, "altered": {"reasoning_closed": 3, "closed_block": 2}})
+    assert f"`data.reasoning: {choice}`: " in card
+    assert said in card
+    assert "Prompts end with a reasoning block that is closed already" in card
+
+
+@pytest.mark.parametrize(
     ("name", "shown", "hub"),
     [
         ("org/Base", "org/Base", True),

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
 from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
-from sft.data.layers import MERGE, Given, Layers, merge_layers, merged_note
+from sft.data.cures import Cures
+from sft.data.joined import as_given
+from sft.data.layers import Given, Layers
 from sft.data.markers import UNMARKED, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
@@ -34,10 +37,12 @@ from sft.data.outcome import (
 )
 from sft.data.passage import encoded_passage
 from sft.data.proof import Decoder, Refusal, check_characters, shown
+from sft.data.reasoned import context_end, masked_note, turn_notes
 from sft.data.render import Renderer, Turn, answer_check, message_dicts
-from sft.data.rendered import one_end, rendered_message, rendered_note
+from sft.data.rendered import rendered_message, rendered_note
 from sft.data.rowargs import ByArguments
 from sft.data.templatekeys import TemplateKeys
+from sft.data.trials import Trials
 from sft.data.work import Work, given_by
 from sft.errors import DataError, TemplateError
 from sft.templating import RENDER_SECONDS, TemplateTimeout, deadline, literals, read_markup
@@ -55,6 +60,7 @@ class Encoder:
 
     def __init__(self, bundle: TokenizerBundle, settings: EncodeSettings, *, trial: bool = False) -> None:
         """`trial`: this one only finds out whether a cure works, and tries none itself."""
+        self.cures = None if trial else Cures(Trials(bundle, settings, partial(Encoder, trial=True)))
         self.bundle, self.settings, self.tokenizer = bundle, settings, bundle.tokenizer
         self.stops = frozenset(bundle.stop_ids)
         self.stop_texts: list[str] = self.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
@@ -63,7 +69,6 @@ class Encoder:
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
         self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
         self._keys = TemplateKeys(chat) if chat else None
-        self.trial, self.trials = trial, dict[str, Encoder]()
         self.renderers = ByArguments(self.made_for)
         if chat is not None:
             self.renderers({})
@@ -81,15 +86,9 @@ class Encoder:
         chat = self.bundle.require_chat()
         chat = replace(chat, variables={**chat.variables, **arguments}) if arguments else chat
         allow = self.settings.control_tokens_in_text == "allow"
-        made = Renderer(chat, answer_check(self.bundle, chat, self.control.everywhere, allow=allow))
-        return made, Layers(made, None if self.trial else self.tried)
-
-    def tried(self, sample: Conversation, **changes: Any) -> bool:
-        """Whether a row gives examples under changed settings."""
-        key = repr(changes)
-        if key not in self.trials:
-            self.trials[key] = Encoder(self.bundle, replace(self.settings, **changes), trial=True)
-        return bool(self.trials[key].encode_batch([sample])[0].examples)
+        made = Renderer(chat, answer_check(self.bundle, chat, self.control.everywhere, allow=allow),
+                        self.settings.reasoning)  # fmt: skip
+        return made, Layers(made)
 
     def named(self, sample: Sample) -> Sample:
         """The sample with the keys of its messages as the template names them, and notes about those it never reads."""
@@ -125,7 +124,7 @@ class Encoder:
                 else:
                     works[i] = self.open(sample)
             except Refusal as refusal:
-                results[i] = refused(sample.source, refusal, self.settings)
+                results[i] = self.refuse(sample, refusal)
         self.tokenize([work for work in works.values() if not work.marked])
         for i, work in works.items():
             try:
@@ -134,17 +133,23 @@ class Encoder:
                 notes[i] = [*work.notes, *([spelled_note(work.sample.source, work.spelled)] if work.marked else [])]
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
-                results[i] = refused(work.sample.source, refusal, self.settings)
+                results[i] = self.refuse(samples[i], refusal)
         faults = self.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
-            results[i] = self.judged(works[i], row, faults, notes[i])
+            results[i] = self.judged(samples[i], works[i], row, faults, notes[i])
         return [
             with_notes(result, sample.notes, self.settings)
             for result, sample in zip(results, samples, strict=True)
             if result is not None
         ]
 
-    def judged(self, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]) -> Encoded:
+    def refuse(self, sample: Sample, refusal: Refusal) -> Encoded:
+        """The row refused, with the cures that were tried on it and work."""
+        return refused(sample.source, self.cures.of(sample, refusal) if self.cures else refusal, self.settings)
+
+    def judged(
+        self, sample: Sample, work: Work, row: list[Piece], faults: Mapping[int, Refusal], notes: list[Note]
+    ) -> Encoded:
         """The row's examples if its spans are proven. Turns that are not so in one sequence may be one by one."""
         fault = next((faults[id(piece)] for piece in row if id(piece) in faults), None)
         try:
@@ -155,7 +160,7 @@ class Encoder:
                 return self.close(work, row, notes)
         except Refusal as refusal:
             fault = refusal
-        return refused(work.sample.source, fault, self.settings)
+        return self.refuse(sample, fault)
 
     def encode_passage(self, sample: Passage) -> Encoded:
         """A row without a template. Raises Refusal."""
@@ -195,10 +200,7 @@ class Encoder:
             renderer, layers = self.renderers(sample.template_args)
         except TemplateError as error:
             raise Refusal("template", f"chat_template_kwargs: {error}") from error
-        try:
-            whole = renderer.whole(messages, tools)
-        except Refusal as refusal:
-            raise layers.objection(refusal, sample) from refusal
+        whole = renderer.whole(messages, tools)
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)
@@ -206,13 +208,8 @@ class Encoder:
                     notes=changed)  # fmt: skip
 
     def given(self, sample: Conversation) -> tuple[Conversation, list[Note]]:
-        """The row as the template gets it, and what was changed: layers are joined, an end token stands once."""
-        given = merge_layers(sample) if self.settings.layers == MERGE else sample
-        changed = [merged_note(sample)] if given is not sample else []
-        if self.settings.control_tokens_in_text != "allow":
-            return given, changed
-        given, ended = one_end(given, self.stop_texts)
-        return given, [*changed, *ended]
+        """The row as the template gets it, and what was changed."""
+        return as_given(sample, self.settings, self.stop_texts)
 
     # -- ids
 
@@ -249,6 +246,7 @@ class Encoder:
         for turn in work.renderer.turns(work.messages, work.tools, work.trained, work.rendered):
             if not self.by_markers(work, turn, notes):
                 continue
+            self.by_reasoning(work, turn, notes)
             turns.append(turn)
             span = self.span(work, turn, cuts) if together else None
             if span is None:
@@ -276,6 +274,14 @@ class Encoder:
         if verdict.untrained:
             work.untrained[turn.message] = verdict.untrained
         return verdict.trained
+
+    def by_reasoning(self, work: Work, turn: Turn, notes: list[Note]) -> None:
+        """What `data.reasoning` makes of a turn: said once a row, and kept where it is context. Raises Refusal."""
+        found = turn_notes(work, turn, self.settings.reasoning)
+        if self.settings.reasoning == "context" and (end := context_end(work, turn)):
+            work.untrained.setdefault(turn.message, []).append((0, end))
+            found.append(masked_note(work.sample.source, turn.message))
+        notes += [note for note in found if note.reason not in {other.reason for other in notes}]
 
     def span(self, work: Work, turn: Turn, cuts: Cuts | None) -> Span | None:
         """Where the answer lies in the ids of the whole conversation; None where it isn't served from there."""

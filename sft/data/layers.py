@@ -1,8 +1,8 @@
 """What a chat template leaves out of a row: each text of the row is in its examples, or it is named.
 
 A template that does not know a role, a key or tools writes nothing in their place and says nothing. Where the answers
-depend on what is missing (instructions, tools, results, reasoning of a trained answer) the row is refused, with a cure
-that was tried on this very row; the rest becomes a note of action `unread`, one for each key path of the row.
+depend on what is missing (instructions, tools, results, reasoning of a trained answer) the row is refused; the rest
+becomes a note of action `unread`, one for each key path of the row.
 
 Two tests decide. The words are looked for in the examples (`evidence`). And the first time that a message of some role
 stands at such a place, its words are replaced by a sentinel in one more rendering: words that are found may stand there
@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from sft.data.evidence import Evidence, leaves
 from sft.data.outcome import reasoning_note
-from sft.data.proof import TOOL_TEMPLATES, Refusal, left_out, shown
+from sft.data.proof import REASONING_FIELDS, TOOL_TEMPLATES, Refusal, left_out, shown
 from sft.data.render import Dicts, Renderer, Tools
 from sft.errors import TemplateError
 from sft.templating import reads
-from sft.types import Conversation, Message, Note
+from sft.types import Conversation, Note
 
-LAYERS = ("system", "developer")
-"""Roles that instruct, in the order of their authority."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
 BOOKKEEPING = frozenset(("id", "tool_call_id", "call_id", "index", "uuid", "message_id", "parent_id", "timestamp"))
 OF_CALLS = frozenset((*BOOKKEEPING, "type"))
 FREE_KEYS = frozenset(("properties", "$defs", "definitions", "arguments"))
@@ -41,10 +37,6 @@ REASONS = {
     "tool": "tool_result_left_out",
 }
 SENTINEL = re.compile(r"vqxk(\d+)kxqv")
-MERGE = "merge_into_system"
-
-Tried = Callable[..., bool]
-"""Whether a sample gives examples, under changed settings where keywords are given."""
 
 
 class Shape(NamedTuple):
@@ -82,9 +74,8 @@ class Given:
 class Layers:
     """What one template is known to print, and the judgement of rows by it."""
 
-    def __init__(self, renderer: Renderer, tried: Tried | None) -> None:
-        """`tried` is None where this is itself a trial: its refusals name no cures."""
-        self.renderer, self.tried = renderer, tried
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
         self.printed: dict[Shape, bool] = {}
         self.prints_tools: bool | None = None
         self.tool_blocks: dict[str, str] = {}
@@ -153,7 +144,8 @@ class Layers:
             raise Refusal(
                 REASONS.get(message["role"], "message_left_out"),
                 f"message {index} ({message['role']}) says {shown(message['content'])}, which the template leaves out: "
-                f"its answers would be trained without it. {self.cure(given, index)}",
+                f"its answers would be trained without it."
+                + (f" {TOOL_TEMPLATES}" if message["role"] == "tool" else ""),
             )
 
     def sentinels_printed(self, given: Given, indices: Sequence[int]) -> set[int] | None:
@@ -224,7 +216,7 @@ class Layers:
             if key == "tool_calls":
                 self.judge_calls(given, evidence if answer is None else Evidence([answer]), index, value)
             elif key not in ("role", "content") and key not in BOOKKEEPING:
-                if key in REASONING and isinstance(value, str) and value == reasoning:
+                if key in REASONING_FIELDS and isinstance(value, str) and value == reasoning:
                     continue  # judged by what it is
                 self.judge_leaves(given, evidence, value, f"messages[].{key}", known=key in self.written)
 
@@ -250,7 +242,7 @@ class Layers:
         return Refusal(
             "reasoning_left_out",
             f"message {index} has reasoning, {shown(str(thoughts_of(given.messages[index])))}, which the template "
-            f"leaves out of the answer that is trained. {self.reasoning_cure(given, index)}",
+            "leaves out of the answer that is trained.",
         )
 
     def judge_calls(self, given: Given, evidence: Evidence, index: int, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -267,49 +259,6 @@ class Layers:
                     f"{TOOL_TEMPLATES}",
                 )
             given.unread(path, value)
-
-    # -- cures
-
-    def cure(self, given: Given, index: int) -> str:
-        """What would print this message, as tried on its row."""
-        if self.tried is None:
-            return ""
-        if given.messages[index]["role"] == "tool":
-            return TOOL_TEMPLATES
-        merged = merge_layers(given.sample)
-        if merged is not given.sample and self.tried(given.sample, layers=MERGE):
-            return (
-                f"Set data.layers: {MERGE}, which joins the system and developer messages into one that this template "
-                "prints (tried on this row), and serve it so."
-            )
-        return (
-            f"Choose a template that prints {given.messages[index]['role']} messages at this place (data.template: "
-            "the path of a .jinja file), or remove the message."
-        )
-
-    def objection(self, refusal: Refusal, sample: Conversation) -> Refusal:
-        """A template's own objection to a row, with the cure where joining its layers is one."""
-        if refusal.reason != "template" or self.tried is None or merge_layers(sample) is sample:
-            return refusal
-        if not self.tried(sample, layers=MERGE):
-            return refusal
-        said = str(refusal).rstrip(".")
-        return Refusal(refusal.reason, f"{said}. Set data.layers: {MERGE} (tried on this row), and serve it so.")
-
-    def reasoning_cure(self, given: Given, index: int) -> str:
-        if self.tried is None:
-            return ""
-        message, thoughts = given.sample.messages[index], thoughts_of(given.messages[index])
-        if isinstance(thoughts, str):
-            rest = {key: value for key, value in message.extra.items() if key not in REASONING}
-            for key in REASONING:
-                renamed = with_message(given.sample, index, message.content, {**rest, key: thoughts})
-                if key not in message.extra and self.tried(renamed):
-                    return f"The template reads `{key}`: give the reasoning under that name (tried on this row)."
-            within = f"<think>\n{thoughts.strip()}\n</think>\n\n{message.content}"
-            if rest != dict(message.extra) and self.tried(with_message(given.sample, index, within, rest)):
-                return "Write it into the content, as <think>…</think> (tried on this row), or take it out of the rows."
-        return "Choose a template that prints reasoning (data.template), or take it out of the rows."
 
 
 def sentinel(index: int) -> str:
@@ -328,35 +277,5 @@ def printed_whole(tools: Tools, text: str) -> str:
 
 def thoughts_of(message: Mapping[str, Any]) -> Any:
     """The reasoning that a message brings beside its content, else what stands within it."""
-    beside = next((message[key] for key in REASONING if message.get(key)), None)
+    beside = next((message[key] for key in REASONING_FIELDS if message.get(key)), None)
     return beside if beside is not None else message["content"].rpartition("</think>")[0].replace("<think>", "").strip()
-
-
-def with_message(sample: Conversation, index: int, content: str, extra: Mapping[str, Any]) -> Conversation:
-    messages = list(sample.messages)
-    messages[index] = replace(messages[index], content=content, extra=extra)
-    return replace(sample, messages=tuple(messages))
-
-
-def leading(sample: Conversation) -> list[Message]:
-    """The system and developer messages with which a row begins."""
-    return list(takewhile(lambda message: message.role in LAYERS, sample.messages))
-
-
-def merge_layers(sample: Conversation) -> Conversation:
-    """The row with the system and developer messages at its start joined into one system message, those of higher
-    authority first. The row itself where there is nothing to join. Later ones stay where they were said."""
-    layers = leading(sample)
-    if not layers or (len(layers) == 1 and layers[0].role == "system"):
-        return sample
-    ordered = sorted(layers, key=lambda message: LAYERS.index(message.role))
-    extra = {key: value for message in reversed(ordered) for key, value in message.extra.items()}
-    content = "\n\n".join(message.content.strip() for message in ordered if message.content.strip())
-    joined = replace(ordered[0], role="system", content=content, extra=extra)
-    context = max(sample.context - len(layers) + 1, 0) if sample.context else 0
-    return replace(sample, messages=(joined, *sample.messages[len(layers) :]), context=context)
-
-
-def merged_note(before: Conversation) -> Note:
-    roles = " and ".join(message.role for message in leading(before))
-    return Note(before.source, "altered", "layers_merged", f"{roles} joined into one system message")

@@ -98,6 +98,7 @@ def encode_settings(data: Data) -> EncodeSettings:
         template_args=data.template_args,
         unread=data.unread,
         layers=data.layers,
+        reasoning=data.reasoning,
     )
 
 

@@ -55,6 +55,16 @@ def marking(whole: MarkedText, start: int, answer: str) -> Marking | None:
     return Marking(tuple(inside), outside.strip())
 
 
+def behind_lead(found: Marking | None, length: int) -> Marking | None:
+    """The markers around an answer before which stands a text of so many characters that they do not know."""
+    if found is None or not length or not found.inside:
+        return found
+    inside = [(low + length, high + length) for low, high in found.inside]
+    first = inside[0] if inside[0][0] > length else (0, inside[0][1])
+    inside = [first, *inside[1:]] if first[0] == 0 else [(0, length), *inside]
+    return Marking(tuple(inside), found.outside)
+
+
 @dataclass(frozen=True)
 class MarkedTurn:
     """Whether a turn is trained, what of its answer is not (as `piece.texts` has it), and what is to be said."""

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 from sft.data.elements import call_text, object_of, unzipped
 from sft.data.jsontext import cut, name_of, parse
+from sft.data.proof import REASONING_FIELDS
 from sft.data.rowkeys import (
     FLAGS,
     ONLY_TEXT,
     OWN_FLAGS,
-    REASONING_NAMES,
     Notes,
     as_weight,
     flag_refused,
@@ -47,7 +47,7 @@ SHAREGPT_ROLES: dict[str, str] = {
 """Their role → ours; `call`: an assistant message whose value is a function call as JSON text."""
 MAX_DEPTH = 64
 """Of tools and tool calls; templates print them with recursion."""
-_INSTEAD_OF_CONTENT = ("tool_calls", *REASONING_NAMES)
+_INSTEAD_OF_CONTENT = ("tool_calls", *REASONING_FIELDS)
 _OF_A_CALL = frozenset(("name", "arguments", "parameters"))
 ROW_ARGUMENTS = "chat_template_kwargs"
 """The column with a row's own arguments for the template, as TRL reads it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.data.proof import Refusal
+from sft.data.reasoning import Choice
 from sft.data.rowkeys import is_bookkeeping
 from sft.types import Example, Note, Rendered
 
@@ -24,6 +25,7 @@ class EncodeSettings:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     unread: str = "report"
     layers: str = "separate"
+    reasoning: Choice | None = None
 
 
 @dataclass(frozen=True)

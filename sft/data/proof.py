@@ -21,6 +21,8 @@ TOOL_TEMPLATES = (
     "and 3 and of Llama 3.1 and later do, or a .jinja of your own."
 )
 THINK = re.compile("</?think>")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
+"""Where messages bring reasoning beside their content: as templates read it."""
 
 
 class Refusal(SftError):
@@ -150,7 +152,7 @@ def left_out(message: Mapping[str, Any], answer: str) -> bool:
     It is looked for beside the words behind it, which may well repeat it.
     """
     within, _, words = (message.get("content") or "").rpartition("</think>")
-    beside = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
+    beside = next((message[field] for field in REASONING_FIELDS if message.get(field)), None)
     thoughts = [*THINK.split(within), beside if isinstance(beside, str) else ""]
     wanted = [thought.strip() for thought in thoughts if thought.strip()]
     if not wanted:

@@ -17,8 +17,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
-from sft.data.markers import Marking, marking, strings
+from sft.data.markers import Marking, behind_lead, marking, strings
 from sft.data.proof import TOOL_TEMPLATES, AnswerCheck, Refusal, shown
+from sft.data.reasoning import Blocks, Choice, Lead
 from sft.errors import TemplateError
 from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
@@ -40,6 +41,7 @@ class Turn:
     """One trained turn as text. `prompt_end`: where the prompt ends in the whole text, None where it isn't its start.
 
     `closed`: the answer ends with a stop token that the template wrote. `marking`: None where there are no markers.
+    `lead`: set where the prompt is no beginning of the rendered turn; the answer begins with its text.
     """
 
     message: int
@@ -49,6 +51,7 @@ class Turn:
     answer: str
     closed: bool
     marking: Marking | None = None
+    lead: Lead | None = None
 
     @property
     def prompt(self) -> str:
@@ -68,7 +71,7 @@ def message_dicts(messages: Sequence[Message]) -> Dicts:
 class Renderer:
     """Renders conversations with one template and checks the turns as texts."""
 
-    def __init__(self, chat: ChatTemplate, check: AnswerCheck) -> None:
+    def __init__(self, chat: ChatTemplate, check: AnswerCheck, reasoning: Choice | None = None) -> None:
         self.chat = chat
         self.check = check
         self.unverified = self.unseen = VERIFIED_ROWS
@@ -77,6 +80,7 @@ class Renderer:
         with_tools = plain if chat.with_tools == chat.text else local_template(chat.with_tools)
         self.local: tuple[Local | None, Local | None] = (plain, with_tools)
         self.marked = tuple(generation_markers(text) == "placed" for text in (chat.text, chat.with_tools))
+        self.blocks = Blocks(chat, check, reasoning, self.marked)
 
     def ended(self, conversations: Sequence[Dicts], tools: Tools, template: str | None = None) -> list[MarkedText]:
         """Conversations without a generation prompt, with what the template marks as generated."""
@@ -173,7 +177,8 @@ class Renderer:
             for k, prompt in zip(chunk, prompts, strict=True):
                 ended = ends[k].text
                 if not ended.startswith(prompt):
-                    raise self.not_after(k, prompt, ended)
+                    yield self.behind_block(messages, tools, k, prompt, ends[k], whole)
+                    continue
                 end = len(prompt)
                 starts = whole.text.startswith(prompt)
                 answer, closed = self.answer(messages, k, ended[end:])
@@ -247,18 +252,29 @@ class Renderer:
         except Refusal as refusal:
             raise Refusal(refusal.reason, f"message {k}: {refusal}") from refusal
 
-    def not_after(self, k: int, prompt: str, ended: str) -> Refusal:
-        same = next((i for i, (a, b) in enumerate(zip(prompt, ended, strict=False)) if a != b), len(ended))
-        cure = (
-            "The template knows data.template_args: {enable_thinking: true or false}, which may agree with this data."
-            if "enable_thinking" in self.chat.text
-            else "Choose a template whose prompt begins as the data's answers do."
-        )
-        return Refusal(
-            "not_after_prompt",
-            f"message {k} cannot follow its generation prompt: the served prompt goes on with {shown(prompt[same:])} "
-            f"where the template renders the turn with {shown(ended[same:])}. {cure}",
-        )
+    def behind_block(
+        self, messages: Dicts, tools: Tools, k: int, prompt: str, ended: MarkedText, whole: MarkedText
+    ) -> Turn:
+        """A turn whose prompt is no beginning of it: behind a reasoning block, or a history rendered otherwise."""
+        found = self.blocks.behind(messages, k, tools, prompt, ended)
+        if found is None:
+            raise not_after(k, prompt, ended.text)
+        said = [*messages[:k], dict(found.message)]
+        answer, closed = self.answer(said, k, found.ended.text[found.start :])
+        lead = found.lead.text
+        if self.check.stop.search(lead):
+            raise Refusal("stops_within", f"message {k}: serving would stop within its reasoning, {shown(lead)}.")
+        marks = behind_lead(marking(found.ended, found.start, answer), len(lead))
+        return Turn(k, whole.text, None, prompt, lead + answer, closed, marks, found.lead)
+
+
+def not_after(k: int, prompt: str, ended: str) -> Refusal:
+    same = next((i for i, (a, b) in enumerate(zip(prompt, ended, strict=False)) if a != b), len(ended))
+    return Refusal(
+        "not_after_prompt",
+        f"message {k} cannot follow its generation prompt: the served prompt goes on with {shown(prompt[same:])} "
+        f"where the template renders the turn with {shown(ended[same:])}.",
+    )
 
 
 def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Pattern[str], *, allow: bool) -> AnswerCheck:

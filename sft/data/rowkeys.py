@@ -63,8 +63,6 @@ MASKS_WITHIN = frozenset(
 """Masks finer than a message: they cannot be kept, so rows that bring one are refused."""
 SYSTEM_NAMES = ("system", "system_prompt")  # OpenOrca's, mistral-finetune's
 TOOLS_NAMES = ("tools", "functions", "available_tools")  # OpenAI's older one; mistral-finetune's
-REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-"""What templates and data sets call the reasoning of a message."""
 ONLY_LAST = "only_last"  # mistral-finetune: true trains the last answer alone
 MASKED_ROLE = "mask"  # NeMo: who is not trained, by default the user
 USER_NAMES = frozenset(("user", "human", "prompter"))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sft.data.rowkeys import REASONING_NAMES, Notes, is_bookkeeping, is_empty, read_as_note, unread_note
+from sft.data.proof import REASONING_FIELDS
+from sft.data.rowkeys import Notes, is_bookkeeping, is_empty, read_as_note, unread_note
 from sft.templating import parse
 from sft.types import Conversation, Message
 
@@ -81,7 +82,7 @@ class TemplateKeys:
             if not message.extra:
                 continue
             for key in self.unread(tuple(message.extra), tools):
-                if key in REASONING_NAMES:
+                if key in REASONING_FIELDS:
                     messages[i] = message = self.renamed(sample.source, message, key, tools, notes)
                 elif not _is_said(key, message, sample):
                     _note(sample.source, f"messages[].{key}", message.extra[key], notes)
@@ -95,7 +96,7 @@ class TemplateKeys:
     def renamed(self, source: str, message: Message, key: str, tools: bool, notes: Notes) -> Message:
         """The message with its reasoning under a name that the template reads; left to `layers` where there is none."""
         value = message.extra[key]
-        ours = next((name for name in REASONING_NAMES if self.words[tools].reads(name)), "")
+        ours = next((name for name in REASONING_FIELDS if self.words[tools].reads(name)), "")
         if is_empty(value):
             return message
         if not ours and isinstance(value, str):
