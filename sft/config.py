@@ -156,7 +156,7 @@ class Data(Section):
     eval: float | list[Source] = 0.05
     """Below 1: share of train, at most 500 rows; whole number: that many rows; list: sources; 0: none."""
     template: str = "model"
-    """model (its own), chatml, zephyr, tulu, or a path to a .jinja file."""
+    """model (its own), chatml, chatml-tools, zephyr, tulu, or a path to a .jinja file."""
     template_args: dict[str, Any] = {}
     """Given to the template, e.g. {enable_thinking: false}."""
     train_on: Policy = "auto"

@@ -62,7 +62,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     ),
     "data.template": (
         "chat_template chat_template_path chat_template_jinja chat_template_name prompt_template prompt_style",
-        "model (its own), chatml, zephyr, tulu, or a path to a .jinja file",
+        "model (its own), chatml, chatml-tools, zephyr, tulu, or a path to a .jinja file",
     ),
     "data.template_args": ("chat_template_kwargs enable_thinking default_system", "given to the chat template"),
     "data.train_on": (

@@ -24,15 +24,18 @@ from sft.errors import ModelError, TemplateError, did_you_mean
 from sft.hub import cure
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_markers, parse, pin_clock
 
-BUILT_IN = ("chatml", "zephyr", "tulu")
-NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
+BUILT_IN = ("chatml", "chatml-tools", "zephyr", "tulu")
+NEEDED_BY_BUILT_IN = dict.fromkeys(("chatml", "chatml-tools"), ("<|im_start|>", "<|im_end|>"))
 CONTROL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]+\|>|<(?:start|end)_of_turn>")
 NO_TEMPLATE = (
     "has no chat template: it is a base model, or its template was not saved with it, and the rows are conversations. "
-    "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
+    "Set data.template: chatml (or chatml-tools, zephyr, tulu, or the path of a .jinja file)."
 )
 PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
 PROBE_TOOL = "piccolo"
+PROBE_CALL: dict[str, Any] = {
+    "id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": "high"}},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class TokenizerBundle:
     """Whether the template itself writes `stop_ids[0]` after an answer."""
     tail: str = ""
     """What the template writes between an answer and its stop token."""
+    own_prints_tools: bool = False
+    """Whether the model's own template, which another one stands in for, prints tools and calls."""
     end_of_text: int | None = None
     """Ends rows that use no template."""
 
@@ -80,11 +85,14 @@ def load_tokenizer(
     tokenizer = read_tokenizer(folder_or_id, revision, trust_remote_code)
     end_of_text = tokenizer.eos_token_id
     needed: tuple[str, ...] = ()
+    own_prints_tools = False
     if template == "model":
         if not tokenizer.chat_template:
             return without_template(tokenizer, folder_or_id, serving_stops(folder_or_id, revision, tokenizer))
     else:
-        tokenizer.chat_template, needed = template_text(template)
+        text, needed = template_text(template)
+        own_prints_tools = bool(tokenizer.chat_template) and prints_tools(tokenizer)
+        tokenizer.chat_template = text
     added = add_tokens(tokenizer, needed)
     notes: list[str] = []
     chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
@@ -115,6 +123,7 @@ def load_tokenizer(
         chat=chat,
         closes=closes,
         tail=tail,
+        own_prints_tools=own_prints_tools,
         end_of_text=end_of_text if end_of_text is not None else stop,
     )
 
@@ -159,7 +168,7 @@ def template_text(template: str) -> tuple[str, tuple[str, ...]]:
     """The text of a built-in template or of a .jinja file, and the special tokens that it needs."""
     if template in BUILT_IN:
         text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
-        return text, NEEDED_BY_BUILT_IN[template]
+        return text, NEEDED_BY_BUILT_IN.get(template, ())
     if not template.endswith(".jinja"):
         raise TemplateError(
             f"data.template: {template!r} is neither model, nor built in ({', '.join(BUILT_IN)}), nor a .jinja file."
@@ -226,25 +235,11 @@ def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
 def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
     """The template, told to get arguments of tool calls as JSON text where it objects to objects alone, or writes them
     as Python prints them (`{'pitch': 'high'}`), which no parser of tool calls reads."""
-    function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
-    arguments = {"pitch": "high"}
-    call = {"id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": arguments}}
-    asked: list[dict[str, Any]] = [
-        {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call00001", "name": PROBE_TOOL, "content": PROBE_ANSWER},
-    ]  # fmt: skip
-    tools = [{"type": "function", "function": function}]
-
-    def written(by: ChatTemplate) -> str | None:
-        try:
-            return by.render([asked], tools, generation_prompt=True)[0]
-        except TemplateError:
-            return None
-
-    plain, in_json = written(chat), replace(chat, json_arguments=True)
+    arguments = PROBE_CALL["function"]["arguments"]
+    plain, in_json = with_a_tool(chat), replace(chat, json_arguments=True)
     if plain is not None and str(arguments) not in plain:
         return chat
-    text, as_json = written(in_json), json.dumps(arguments)
+    text, as_json = with_a_tool(in_json), json.dumps(arguments)
     # In quotes it is within a call that is printed whole.
     if text is not None and (plain is None or (as_json in text and repr(as_json) not in text)):
         notes.append("the template reads the arguments of tool calls as text: they are given to it as JSON text")
@@ -255,6 +250,30 @@ def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
             "hold some, check that what serves the model reads such calls, or choose another template"
         )
     return chat  # or it takes no such conversation at all; each row is told why
+
+
+def with_a_tool(chat: ChatTemplate) -> str | None:
+    """A question for which a tool is called, as the template renders it; None where it objects."""
+    function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
+        {"role": "tool", "tool_call_id": PROBE_CALL["id"], "name": PROBE_TOOL, "content": PROBE_ANSWER},
+    ]  # fmt: skip
+    try:
+        return chat.render([asked], [{"type": "function", "function": function}], generation_prompt=True)[0]
+    except TemplateError:
+        return None
+
+
+def prints_tools(tokenizer: Any) -> bool:
+    """Whether the tokenizer's template prints tools, calls with their arguments, and what tools answer."""
+    try:
+        chat = chat_template(tokenizer, {}, None, [])
+        with deadline(10.0, "the chat template"):
+            text = with_a_tool(fit_arguments(fit_content(chat, []), []))
+    except (TemplateError, TemplateTimeout):
+        return False
+    return text is not None and text.count(PROBE_TOOL) > 1 and "pitch" in text and PROBE_ANSWER in text
 
 
 def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -287,7 +306,7 @@ def probe(chat: ChatTemplate) -> tuple[str, str]:
             error = caught
     raise TemplateError(
         f"data.template: the chat template cannot render a question and its answer: {error} "
-        "Choose another one (chatml, zephyr, tulu, or a .jinja file)."
+        f"Choose another one ({', '.join(BUILT_IN)}, or a .jinja file)."
     )
 
 

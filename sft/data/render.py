@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
 from sft.data.markers import Marking, marking, strings
-from sft.data.proof import TOOL_TEMPLATES, AnswerCheck, Refusal, shown
+from sft.data.proof import OWN_TOOLS, TOOL_TEMPLATES, AnswerCheck, Refusal, shown
 from sft.errors import TemplateError
 from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
@@ -106,7 +106,7 @@ class Renderer:
         except TemplateError as error:
             said = f"the chat template refuses the conversation: {error}"
             if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
-                said = f"{said.rstrip('.')}. The row has tools. {TOOL_TEMPLATES}"
+                said = f"{said.rstrip('.')}. The row has tools. {self.check.tool_cure}"
             raise Refusal("template", said) from error
 
     def located(self, messages: Dicts, tools: Tools, local: Local) -> MarkedText | None:
@@ -285,5 +285,5 @@ def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Patter
         headers=[header] if control.search(header) else [],
         own_header=own_header if control.search(own_header) else "",
         supplied=supplied if control.search(supplied) else "",
-        allow=allow,
+        allow=allow, tool_cure=OWN_TOOLS if bundle.own_prints_tools else TOOL_TEMPLATES,
     )  # fmt: skip
