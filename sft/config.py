@@ -114,6 +114,8 @@ class Model(Section):
     """auto: when memory asks for it."""
     compile: Auto | bool = "auto"
     """torch.compile for the decoder layers. auto: on CPUs, where the run is long enough to gain by it."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    """Added to the tokenizer as control tokens, such as the end of turn of another model's template."""
     warm_start_tokens: Auto | bool = "auto"
     """Set never-trained rows of template tokens to the end-of-text row."""
     trust_remote_code: bool = False

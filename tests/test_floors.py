@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "sft"
 FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets heap",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
-    "hush versions data.jsontext data.control data.proof",
+    "hush versions stops data.jsontext data.control data.proof",
     0.8: "longattention",
     1.0: "config loss attention runfolder runlock console distributed pages data.locality",
     1.1: "schedule",

@@ -8,6 +8,7 @@ found and the cure.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -171,7 +172,7 @@ class AnswerCheck:
 
     def __init__(
         self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
-        own_header: str, supplied: str, allow: bool, tool_cure: str = TOOL_TEMPLATES,
+        own_header: str, supplied: str, allow: bool, tool_cure: str = TOOL_TEMPLATES, foreign_end: str = "",
     ) -> None:  # fmt: skip
         self.stop = unmarked(stops)
         self.control = control
@@ -179,7 +180,7 @@ class AnswerCheck:
         self.headers = unmarked(headers) if headers and not allow else None
         self.own_header, self.supplied = own_header, supplied
         self.allow = allow
-        self.tool_cure = tool_cure
+        self.tool_cure, self.foreign_end = tool_cure, foreign_end
 
     def cut(self, messages: Sequence[Mapping[str, Any]], index: int, rendered: str) -> tuple[str, bool]:
         """(The turn through its stop token, whether the template wrote one). Raises Refusal."""
@@ -268,9 +269,12 @@ class AnswerCheck:
             return
         left = self.control.sub("", behind).strip()
         if left and left != self.control.sub("", self.tail).strip():
+            foreign = self.foreign_end if behind.strip().startswith(self.foreign_end or "\0") else ""
+            cure = f" To make {foreign} a token that ends turns, set model.new_tokens: {json.dumps([foreign], ensure_ascii=False)}."
             raise Refusal(
                 "more_than_message",
-                f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first.",
+                f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first."
+                + (cure if foreign else ""),
             )
         before = self.control.sub("", before).strip()
         if len(before) < TELLING:

@@ -286,4 +286,5 @@ def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Patter
         own_header=own_header if control.search(own_header) else "",
         supplied=supplied if control.search(supplied) else "",
         allow=allow, tool_cure=OWN_TOOLS if bundle.own_prints_tools else TOOL_TEMPLATES,
+        foreign_end=bundle.foreign_end,
     )  # fmt: skip
