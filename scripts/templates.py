@@ -272,10 +272,20 @@ KEY = re.compile(r"\b((?:data|model)\.[a-z_]+(?:\.[a-z_]+)?): "
                  r"(\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w./-]*\w)")  # fmt: skip
 
 
-def named_keys(told: str) -> list[str]:
-    """The lines to paste that a refusal names, as overrides of the command line."""
-    found = dict.fromkeys(f"{key}={value}" for key, value in KEY.findall(told))
-    return [line for line in found if line.partition("=")[0] not in ("data.on_bad_row", "model.name")]
+PAIR = re.compile(r"`([^`]+)` with `([^`]+)`")
+
+
+def named_keys(told: str) -> list[tuple[str, ...]]:
+    """The lines to paste that a refusal names, as overrides of the command line; two where it says they go together."""
+    pairs = [" ".join(pair) for pair in PAIR.findall(told)]
+    found = []
+    for text in [*pairs, PAIR.sub("", told)]:
+        lines = [f"{key}={value}" for key, value in KEY.findall(text) if key not in ("data.on_bad_row", "model.name")]
+        found += [tuple(lines)] if text in pairs else [(line,) for line in lines]
+    return list(dict.fromkeys(found))
+
+
+
 
 
 class Trial:
@@ -335,12 +345,12 @@ def tried(task: tuple[str, str, str]) -> tuple[str, dict[str, Found]]:
     """All shapes with one template."""
     name, template, model = task
     with tempfile.TemporaryDirectory() as folder:
-        trials: dict[str, Trial] = {}
+        trials: dict[tuple[str, ...], Trial] = {}
 
-        def trial(override: str = "") -> Trial:
-            if override not in trials:
-                trials[override] = Trial(Path(folder), model, template, [override] if override else [])
-            return trials[override]
+        def trial(overrides: tuple[str, ...] = ()) -> Trial:
+            if overrides not in trials:
+                trials[overrides] = Trial(Path(folder), model, template, overrides)
+            return trials[overrides]
 
         return name, {shape: found(trial, row) for shape, row in SHAPES.items()}
 
@@ -354,8 +364,8 @@ def found(trial: Any, row: Row) -> Found:
     if not is_taken(first.tokenizer(), first.arguments, row):
         return Found("not taken", told)
     useless = []
-    for override in named_keys(told):
-        again = trial(override)
+    for overrides in named_keys(told):
+        again, override = trial(overrides), " ".join(overrides)
         examples, _ = again.examples(row)
         if examples and (fault := fault_of(again, row, examples)):
             return Found("wrong", f"{override}: {fault}", override)

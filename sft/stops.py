@@ -80,6 +80,20 @@ def foreign_end(texts: tuple[str, str], answer: str, known: Sequence[str]) -> st
     return ""
 
 
+def call_end(text: str, argument: str, known: Sequence[str], stops: Sequence[str]) -> str:
+    """The mark with which a turn ends that calls a tool, where the template has one of its own for such turns
+    (`<|eom_id|>`, `<|call|>`, `<|tool_response>`); empty where one of `stops` ends it as well.
+
+    `text`: a conversation up to a call with that argument. A mark that closes what another opened ends no turn.
+    """
+    behind = text[text.rindex(argument) + len(argument) :] if argument in text else ""
+    if any(stop in behind for stop in stops):
+        return ""
+    marks = "|".join(map(re.escape, sorted(filter(str.strip, known), key=len, reverse=True))) or "(?!)"
+    found = re.search(rf"({marks}|{MARKUP.pattern.removeprefix(chr(92) + 's*')})\s*$", behind)
+    return "" if found is None or found[1].startswith("</") else found[1]
+
+
 def find_stop(
     tokenizer: Any, texts: tuple[str, str], answer: str, serving: tuple[int, ...], notes: list[str]
 ) -> Ending:

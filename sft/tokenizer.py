@@ -22,7 +22,7 @@ from typing import Any
 
 from sft.errors import ModelError, TemplateError, did_you_mean
 from sft.hub import cure
-from sft.stops import find_stop, foreign_end, serving_stops
+from sft.stops import call_end, find_stop, foreign_end, serving_stops
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_markers, parse, pin_clock
 
 BUILT_IN = ("chatml", "chatml-tools", "zephyr", "tulu")
@@ -33,9 +33,9 @@ NO_TEMPLATE = (
     "Set data.template: chatml (or chatml-tools, zephyr, tulu, or the path of a .jinja file)."
 )
 PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
-PROBE_TOOL = "piccolo"
+PROBE_TOOL, PROBE_ARGUMENT = "piccolo", "high"
 PROBE_CALL: dict[str, Any] = {
-    "id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": "high"}},
+    "id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": PROBE_ARGUMENT}},
 }  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def load_tokenizer(
     end_of_text = tokenizer.eos_token_id
     needed: tuple[str, ...] = ()
     own_prints_tools = False
+    known = tokenizer.get_vocab()
     added = add_tokens(tokenizer, tuple(new_tokens))
     serving = serving_stops(folder_or_id, revision, tokenizer)
     if template == "model":
@@ -114,7 +115,12 @@ def load_tokenizer(
         if found := [token for token in added if token not in new_tokens]:
             notes.append(f"added to the tokenizer, since the template needs them: {' '.join(found)}")
         ending = find_stop(tokenizer, probe(chat), PROBE_ANSWER, serving, notes)
-    stop, closes = ending.stop, ending.closes
+        stop, closes = ending.stop, ending.closes
+        calling = end_of_calls(tokenizer, chat, (stop, *serving), add=template.endswith(".jinja"))
+    if calling and calling in tokenizer.get_added_vocab():
+        notes.append(f"{calling} ends a turn of the template that calls tools: the trained model stops at it as well")
+        added += (calling,) if calling not in known else ()
+        serving = (*serving, tokenizer.convert_tokens_to_ids(calling))
     reads_end = "eos_token" in chat.text + chat.with_tools
     if closes and not reads_end and tokenizer.eos_token_id != stop and (template != "model" or stop not in serving):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
@@ -265,15 +271,28 @@ def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
     return chat  # or it takes no such conversation at all; each row is told why
 
 
-def with_a_tool(chat: ChatTemplate) -> str | None:
-    """A question for which a tool is called, as the template renders it; None where it objects."""
+def end_of_calls(tokenizer: Any, chat: ChatTemplate, stops: Sequence[int], *, add: bool) -> str:
+    """The mark of its own, if any, with which the template ends turns that call tools; made a token with `add`."""
+    text = with_a_tool(chat, answered=False)
+    known = list(tokenizer.get_added_vocab())
+    names = tokenizer.convert_ids_to_tokens(list(stops))
+    end = "" if text is None else call_end(text, PROBE_ARGUMENT, known, names)
+    if end and add:
+        add_tokens(tokenizer, (end,))
+    return end
+
+
+def with_a_tool(chat: ChatTemplate, *, answered: bool = True) -> str | None:
+    """A question for which a tool is called, with what that answers, as the template renders it; None where it
+    objects."""
     function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
         {"role": "tool", "tool_call_id": PROBE_CALL["id"], "name": PROBE_TOOL, "content": PROBE_ANSWER},
     ]  # fmt: skip
+    tools = [{"type": "function", "function": function}]
     try:
-        return chat.render([asked], [{"type": "function", "function": function}], generation_prompt=True)[0]
+        return chat.render([asked if answered else asked[:2]], tools, generation_prompt=answered)[0]
     except TemplateError:
         return None
 
