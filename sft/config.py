@@ -165,8 +165,8 @@ class Data(Section):
     """auto: assistant for conversations, completion for prompt/completion texts, all for text."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """Of one example."""
-    over_long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to examples of more than max_tokens."""
+    over_long: Literal["drop", "keep_turns", "truncate", "error"] = "drop"
+    """What happens to rows of more than max_tokens. keep_turns: system prompt, tools and the last turns that fit."""
     on_bad_row: Literal["error", "skip"] = "error"
     """error: list the bad rows and stop; skip: count them in data_report.jsonl and go on."""
     max_dropped: Share = 0.05

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
-from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, unmark
+from sft.data.control import OPEN, control_tokens, encode, found_in, encode_after, encode_batch, encode_marked, unmark
 from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (
@@ -26,6 +26,7 @@ from sft.data.outcome import (
     TooLong,
     cut_note,
     listed,
+    own_note,
     reasoning_note,
     refused,
     spelled_note,
@@ -34,7 +35,8 @@ from sft.data.outcome import (
 )
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
-from sft.data.render import Dicts, Renderer, Turn, answer_check, message_dicts
+from sft.data.render import Dicts, Renderer, Turn, answer_check, framing, message_dicts
+from sft.data.shorten import is_too_long, last_turns
 from sft.errors import DataError
 from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
 from sft.types import Conversation, Example, Float32Array, Note, Passage, Rendered, Sample, Span
@@ -78,7 +80,7 @@ class Encoder:
         chat = bundle.chat
         texts = dict.fromkeys((chat.text, chat.with_tools) if chat else ())
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
-        self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
+        self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids, framing(chat) if chat else "")
         self._renderer: Renderer | None = None
         if chat is not None:
             allow = settings.control_tokens_in_text == "allow"
@@ -104,11 +106,17 @@ class Encoder:
         """
         try:
             with deadline(RENDER_SECONDS, "the chat template"):
-                return self.encode_batch(samples)
+                return [self.shortened(s, e) for s, e in zip(samples, self.encode_batch(samples), strict=True)]
         except TemplateTimeout as error:
             if len(samples) == 1:
                 return [refused(samples[0].source, Refusal("template", str(error)), self.settings)]
             return [self.encode(sample) for sample in samples]
+
+    def shortened(self, sample: Sample, encoded: Encoded) -> Encoded:
+        """What is too long, with the last turns that fit, where data.over_long asks for that."""
+        if self.settings.over_long != "keep_turns" or isinstance(sample, Passage) or not is_too_long(encoded):
+            return encoded
+        return last_turns(sample, encoded, self.settings, lambda shorter: self.encode_batch([shorter])[0])
 
     def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
         """`encode_many` without a clock."""
@@ -130,6 +138,7 @@ class Encoder:
                 if work.marked:
                     work.ids = self.ids(work.whole)
                 notes[i] = [spelled_note(work.sample.source, work.spelled)] if work.marked else []
+                notes[i] += self.own_tokens(work)
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = refused(work.sample.source, refusal, self.settings)
@@ -201,6 +210,14 @@ class Encoder:
         if whole.marks is not None and trained:
             check_marked(whole, messages)
         return Work(sample, messages, tools, weights, trained, whole, bool(spelled), spelled)
+
+    def own_tokens(self, work: Work) -> list[Note]:
+        """A note where answers spell tokens that the model writes itself, and are encoded as these."""
+        if self.settings.control_tokens_in_text == "allow":
+            return []
+        answers = [message for message in work.messages if message["role"] == "assistant"]
+        own = Counter(found_in(answers, self.control.own))
+        return [own_note(work.sample.source, own)] if own else []
 
     # -- ids
 

@@ -20,7 +20,7 @@ from sft.data.locality import MARK, Local, local_template
 from sft.data.markers import Marking, marking, strings
 from sft.data.proof import OWN_TOOLS, TOOL_TEMPLATES, AnswerCheck, Refusal, shown
 from sft.errors import TemplateError
-from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
+from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, TemplateTimeout, deadline, generation_markers
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
 from sft.types import Message
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CHUNK = 16  # turns rendered at a time, so that a long chat can stop early
 FEW = 4  # turns up to which rendering each is cheaper than finding out what follows the last message
 VERIFIED_ROWS = 8
+TAG = re.compile(r"</?[A-Za-z_]+>")
 
 Dicts = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -259,6 +260,20 @@ class Renderer:
             f"message {k} cannot follow its generation prompt: the served prompt goes on with {shown(prompt[same:])} "
             f"where the template renders the turn with {shown(ended[same:])}. {cure}",
         )
+
+
+def framing(chat: ChatTemplate) -> str:
+    """What the template writes around messages: of a question, and of the header of its answer all but what looks like
+    an answer's own markup (`<think>`). Empty where it takes no such conversation."""
+    question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
+    try:
+        with deadline(RENDER_SECONDS, "the chat template"):
+            plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
+            between = probe(chat)[1].rpartition(PROBE_ANSWER)[2]
+    except (TemplateError, TemplateTimeout):
+        return ""
+    header = prompt.removeprefix(plain)
+    return f"{plain}\0{between}\0{TAG.sub('', header)}"
 
 
 def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Pattern[str], *, allow: bool) -> AnswerCheck:
