@@ -37,6 +37,7 @@ FLOORS: dict[float, str] = {
     4.0: "data.loader runcard sweepreport",
     4.2: "picture pieces",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
+    4.8: "suited",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.2: "shortage",
     5.5: "finish trouble trackers",
