@@ -280,7 +280,7 @@ def named_keys(told: str) -> list[tuple[str, ...]]:
     pairs = [" ".join(pair) for pair in PAIR.findall(told)]
     found = []
     for text in [*pairs, PAIR.sub("", told)]:
-        lines = [f"{key}={value}" for key, value in KEY.findall(text) if key not in ("data.on_bad_row", "model.name")]
+        lines = [f"{key}={value}" for key, value in KEY.findall(text)]
         found += [tuple(lines)] if text in pairs else [(line,) for line in lines]
     return list(dict.fromkeys(found))
 
@@ -306,9 +306,10 @@ class Trial:
         }))  # fmt: skip
         self.model, self.template, self.refused = model, template, ""
         self.arguments: Row = {}
+        self.roles: Row = {}
         try:
             config = load_config(file, overrides).config
-            self.arguments = dict(config.data.template_args)
+            self.arguments, self.roles = dict(config.data.template_args), dict(config.data.roles)
             self.bundle = load_bundle(config)
             self.encoder = Encoder(self.bundle, encode_settings(config.data))
         except SftError as error:
@@ -361,8 +362,6 @@ def found(trial: Any, row: Row) -> Found:
     if examples:
         fault = fault_of(first, row, examples)
         return Found("wrong", fault) if fault else Found("right")
-    if not is_taken(first.tokenizer(), first.arguments, row):
-        return Found("not taken", told)
     useless = []
     for overrides in named_keys(told):
         again, override = trial(overrides), " ".join(overrides)
@@ -372,10 +371,16 @@ def found(trial: Any, row: Row) -> Found:
         if examples:
             return Found("key", told, override, useless)
         useless.append(override)
+    if not is_taken(first.tokenizer(), first.arguments, row):
+        return Found("not taken", told)
     return Found("refused", told, "", useless)
 
 
 def fault_of(trial: Trial, row: Row, examples: Sequence[Any]) -> str:
+    """By the oracle, with the messages in the roles in which the config has them served."""
+    roles = [trial.roles.get(m["role"], m["role"]) for m in row["messages"]]
+    served = [{**m, "role": role} for m, role in zip(row["messages"], roles, strict=True) if role]
+    row = {**row, "messages": served}
     return wrong(trial.bundle.tokenizer, trial.arguments, row, examples, set(trial.bundle.stop_ids))
 
 

@@ -33,6 +33,7 @@ RowField = Literal[
 Policy = Literal["auto", "assistant", "last_assistant", "completion", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+Instructing = Literal["system", "developer"]
 ControlTokens = Literal["text", "allow", "error"]
 EvalMetric = Literal["eval.loss", "eval.perplexity", "eval.token_accuracy", "eval.stop_probability"]
 
@@ -161,6 +162,8 @@ class Data(Section):
     """model (its own), chatml, chatml-tools, zephyr, tulu, or a path to a .jinja file."""
     template_args: dict[str, Any] = {}
     """Given to the template, e.g. {enable_thinking: false}."""
+    roles: dict[Instructing, Instructing | Literal["user"] | None] = {}
+    """Other roles for messages, e.g. {developer: system} where the template prints none; null leaves them out."""
     train_on: Policy = "auto"
     """auto: assistant for conversations, completion for prompt/completion texts, all for text."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048

@@ -34,9 +34,6 @@ SAMPLE = 5000
 MEASURED = 500
 """Rows tokenised to learn how long examples are."""
 
-MAX_DROPPED = 0.05
-"""The default of data.max_dropped."""
-
 _PROMPT = ("question", "query", "input", "problem", "instruction", "prompt", "source")
 _COMPLETION = ("answer", "response", "output", "solution", "completion", "target", "chosen")
 _MESSAGES = ("dialog", "dialogue", "chat", "turns", "traj", "history", "conversation_a")
@@ -160,11 +157,6 @@ def _candidates(data: Mapping[str, Any], pair: tuple[str, str]) -> Iterator[dict
     for theirs in ("content", "document", "body"):
         if theirs in names:
             yield {names[theirs]: "text"}
-
-
-def turns(chat: Conversation) -> int:
-    """Messages of the user."""
-    return sum(message.role == "user" for message in chat.messages)
 
 
 def token_lengths(samples: list[Sample], model: ModelGlance) -> list[int]:
@@ -387,7 +379,8 @@ def _data_section(
         yield said("  template: chatml", "the model has none of its own; or chatml-tools, zephyr, tulu, a .jinja file")
     size = suggest_max_tokens(lengths, about.context)
     fit = sum(length <= size for length in lengths) / len(lengths)
-    keep = fit < 1 - MAX_DROPPED and any(turns(chat) > 1 for chat in seen.conversations)
+    several = any(sum(message.role == "user" for message in chat.messages) > 1 for chat in seen.conversations)
+    keep = fit < 0.95 and several  # data.max_dropped would stop the run
     others = "of others the last turns are trained" if keep else "others are dropped and counted"
     yield said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; {others}")
     if keep:

@@ -25,10 +25,10 @@ from sft.yamltree import flow
 OF_EACH_KIND = 3
 ROUNDS = 3
 LINE = re.compile(
-    r"\b((?:data|model)\.[a-z_]+): (\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w-]+)(?![\w./])"  # a value on one line
+    r"\b((?:data|model)\.[a-z_]+): (\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w-]+(?![\w/-]|\.\w))"
 )
 PAIR = re.compile(r"`([^`]+)` with `([^`]+)`")
-CHOSEN = ("data.template", "model.new_tokens")
+CHOSEN = ("data.template", "model.new_tokens", "data.roles")
 """Keys that fit a template to rows. Others decide what the model learns to write, and are asked for."""
 
 Settings = Mapping[str, Any]
@@ -90,7 +90,7 @@ def suit(model: str, template: str, samples: Sequence[Conversation]) -> Suited:
         if not worked:
             break
         best = min(worked, key=lambda found: len(found[2]))
-        if not set(best[0]) <= set(CHOSEN):
+        if not set(best[0]) <= set(CHOSEN) or None in best[0].get("data.roles", {}).values():
             answers = tuple(named for named, _, left in worked if len(left) == len(best[2]))
             return Suited(settings, why, answers, told[0], tokenizer)
         settings, why = {**settings, **best[0]}, {**why, **dict.fromkeys(best[0], told[0])}

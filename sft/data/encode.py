@@ -36,6 +36,7 @@ from sft.data.outcome import (
 from sft.data.passage import passage_ids
 from sft.data.proof import Decoder, Refusal, check_characters, left_out, shown
 from sft.data.render import Dicts, Renderer, Turn, answer_check, framing, message_dicts
+from sft.data.roles import check_roles, lost_roles, with_roles
 from sft.data.shorten import is_too_long, last_turns
 from sft.errors import DataError
 from sft.templating import RENDER_SECONDS, MarkedText, TemplateTimeout, deadline, literals, read_markup
@@ -85,6 +86,7 @@ class Encoder:
         if chat is not None:
             allow = settings.control_tokens_in_text == "allow"
             self._renderer = Renderer(chat, answer_check(bundle, chat, self.control.everywhere, allow=allow))
+        self.lost = lost_roles(chat) if chat is not None else frozenset()
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
         self.unverified = VERIFIED_ROWS
@@ -104,6 +106,7 @@ class Encoder:
 
         A row on which the template does not come to an end is refused, the others of its batch are not.
         """
+        samples = [with_roles(sample, self.settings.roles) for sample in samples]
         try:
             with deadline(RENDER_SECONDS, "the chat template"):
                 return [self.shortened(s, e) for s, e in zip(samples, self.encode_batch(samples), strict=True)]
@@ -189,6 +192,8 @@ class Encoder:
         weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
+        if self.lost:
+            check_roles(messages, self.lost, self.renderer.chat)
         mode, spelled = self.settings.control_tokens_in_text, Counter[str]()
         if mode != "allow":
             for value, answer in [*((m, m["role"] == "assistant") for m in messages), *((t, False) for t in tools)]:

@@ -90,6 +90,7 @@ def encode_settings(data: Data) -> EncodeSettings:
         over_long=data.over_long,
         control_tokens_in_text=data.control_tokens_in_text,
         template_args=data.template_args,
+        roles=data.roles,
     )
 
 

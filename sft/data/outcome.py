@@ -19,6 +19,7 @@ class EncodeSettings:
     over_long: str = "drop"
     control_tokens_in_text: str = "text"
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    roles: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

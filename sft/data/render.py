@@ -108,7 +108,17 @@ class Renderer:
             said = f"the chat template refuses the conversation: {error}"
             if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
                 said = f"{said.rstrip('.')}. The row has tools. {self.check.tool_cure}"
+            elif any(message["role"] == "developer" for message in messages) and self.takes_as_system(messages):
+                said = f"{said.rstrip('.')}. As system messages it takes them: set data.roles: {{developer: system}}."
             raise Refusal("template", said) from error
+
+    def takes_as_system(self, messages: Dicts) -> bool:
+        """Whether the template renders the conversation once its developer messages are system messages."""
+        renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        try:
+            return bool(self.chat.render([renamed], generation_prompt=False))
+        except TemplateError:
+            return False
 
     def located(self, messages: Dicts, tools: Tools, local: Local) -> MarkedText | None:
         """The text of a conversation with where each message begins, from one rendering of the marked template.

@@ -14,6 +14,7 @@ from sft.data.ledger import Ledger
 from sft.data.passage import passage_ids
 from sft.data.pipeline import RowBatch, to_sample
 from sft.data.proof import Refusal
+from sft.data.roles import with_roles
 from sft.data.store import StoreWriter
 from sft.types import Conversation, Note, Passage, Sample
 
@@ -95,6 +96,7 @@ def sample_record(sample: Sample, ids_T: NDArray[np.int32], encoder: Encoder) ->
     `ids_T`: the row's last example, which begins with that prompt; if it does not, as under `train_on: all` where a
     template renders history otherwise within a prompt, the row is no sample.
     """
+    sample = with_roles(sample, encoder.settings.roles)
     last = _last_trained(sample) if isinstance(sample, Conversation) else 0
     if last is None:
         return None
