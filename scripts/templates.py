@@ -151,9 +151,11 @@ def is_taken(tokenizer: Any, arguments: Row, row: Row) -> bool:
             for k, message in enumerate(messages):
                 if message["role"] == "assistant":
                     Server(tokenizer, arguments, row, form).text(messages[:k], prompt=True)
-        except Exception:  # noqa: S112 - a template may raise anything: it is a program
+        except Exception:
             continue
-        if all(words in text for m in messages for words in words_of(m) if "tool_calls" not in m and m["role"] != "tool"):
+        if all(
+            words in text for m in messages for words in words_of(m) if "tool_calls" not in m and m["role"] != "tool"
+        ):
             return True
     return False
 
@@ -165,7 +167,9 @@ def wrong(tokenizer: Any, arguments: Row, row: Row, examples: Sequence[Any], sto
     for given in (row, plain) if plain != row else (row,):
         for form in FORMS:
             try:
-                fault = judged(Server(tokenizer, arguments, given, form), given["messages"], row["messages"], examples, stops)
+                fault = judged(
+                    Server(tokenizer, arguments, given, form), given["messages"], row["messages"], examples, stops
+                )
             except Exception as error:
                 fault = f"not rendered: {error}"
             if not fault:
@@ -285,9 +289,6 @@ def named_keys(told: str) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(found))
 
 
-
-
-
 class Trial:
     """One template with one set of overrides, as a config has them."""
 
@@ -339,7 +340,9 @@ class Trial:
             encoded = self.encoder.encode(FORMATS["messages"](readers.Row("rows.jsonl:1", row)))
         except DataError as error:
             return (), str(error)
-        return encoded.examples, " ".join(note.detail for note in encoded.notes if note.action in ("refused", "dropped"))
+        return encoded.examples, " ".join(
+            note.detail for note in encoded.notes if note.action in ("refused", "dropped")
+        )
 
 
 def tried(task: tuple[str, str, str]) -> tuple[str, dict[str, Found]]:
@@ -441,7 +444,9 @@ def of_ollama(archive: Path, place: Path) -> Iterator[Path]:
         member = package.extractfile("package/src/chat-template-automap.ts")
         assert member is not None
         source = member.read().decode()
-    for model, text in re.findall(r'model: "library/([^"]+)",\s*gguf:\s*("(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\')', source):
+    for model, text in re.findall(
+        r'model: "library/([^"]+)",\s*gguf:\s*("(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\')', source
+    ):
         file = place / f"{re.sub(r'[^A-Za-z0-9.-]', '_', model)}.jinja"
         file.write_text(ast.literal_eval(text), encoding="utf-8")
         yield file
@@ -452,7 +457,12 @@ def of_ollama(archive: Path, place: Path) -> Iterator[Path]:
 
 def table(results: dict[str, dict[str, dict[str, Found]]], versions: str) -> str:
     """A line for each shape and for each collection."""
-    lines = [versions, "", "| | taken | right by default | with the one key | refused | wrong |", "|---|---|---|---|---|---|"]
+    lines = [
+        versions,
+        "",
+        "| | taken | right by default | with the one key | refused | wrong |",
+        "|---|---|---|---|---|---|",
+    ]
 
     def line(name: str, found: Sequence[Found]) -> str:
         counts = Counter(f.outcome for f in found)
@@ -464,7 +474,10 @@ def table(results: dict[str, dict[str, dict[str, Found]]], versions: str) -> str
 
     by_template = [shapes for collection in results.values() for shapes in collection.values()]
     lines += [line(shape, [shapes[shape] for shapes in by_template]) for shape in SHAPES]
-    lines += [line(f"**{name}**", [f for shapes in found.values() for f in shapes.values()]) for name, found in results.items()]
+    lines += [
+        line(f"**{name}**", [f for shapes in found.values() for f in shapes.values()])
+        for name, found in results.items()
+    ]
     lines.append(line("**all**", [f for shapes in by_template for f in shapes.values()]))
     return "\n".join(lines)
 
@@ -515,15 +528,15 @@ def reported(results: dict[str, dict[str, dict[str, Found]]], arguments: argpars
     flat = [(name, shape, f) for c in results.values() for name, shapes in c.items() for shape, f in shapes.items()]
     for name, shape, f in sorted(flat, key=lambda entry: entry[:2]):
         if f.outcome == "wrong" or (arguments.verbose and f.outcome != "right"):
-            print(f"{f.outcome:9} {name} | {shape} | {f.key} | {f.told[:400]!r} {'useless: ' + str(f.useless) if f.useless else ''}")
+            useless = f"useless: {f.useless}" if f.useless else ""
+            print(f"{f.outcome:9} {name} | {shape} | {f.key} | {f.told[:400]!r} {useless}")
     sources = ", ".join(f"{name} ({len(found)})" for name, found in results.items())
     templates = sum(map(len, results.values()))
     versions = (f"{templates} templates, each text once: {sources}; on the tokenizer of SmolLM2, by transformers "
                 f"{transformers.__version__}.")  # fmt: skip
     text = table(results, versions)
     print(text)
-    useless = sum(len(f.useless) for _, _, f in flat)
-    print(f"cures that were named and did not help: {useless}")
+    print(f"cures that were named and did not help: {sum(len(f.useless) for _, _, f in flat)}")
     if arguments.write:
         write_between_markers(arguments.write, text)
     return 1 if any(f.outcome == "wrong" for _, _, f in flat) else 0

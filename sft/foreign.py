@@ -76,7 +76,10 @@ _NAMES: dict[str, tuple[str, str]] = {
         "model_max_length context_length seq_length seq_len",
         "of one example; what is longer is dropped and counted unless data.over_long says otherwise",
     ),
-    "data.over_long": ("truncation truncation_mode excess_length_strategy sequence_len_overflow_handling", "drop, keep_turns, truncate or error"),
+    "data.over_long": (
+        "truncation truncation_mode excess_length_strategy sequence_len_overflow_handling",
+        "drop, keep_turns, truncate or error",
+    ),
     "data.train.0.limit": ("max_samples max_train_samples num_samples", "of one source"),
     "data.train.0.repeat": (
         "interleave_probs dataset_weights mix_strategy",

@@ -7,7 +7,6 @@ here (a model that is not on this machine, no network) is said in a comment, and
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -352,9 +351,7 @@ def _origin_of_format(seen: DataGlance) -> str:
     return "once its columns are renamed" if seen.columns else "as detected"
 
 
-def _data_section(
-    data: str, seen: DataGlance, about: ModelGlance, lengths: list[int], suited: Suited
-) -> Iterator[str]:
+def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list[int], suited: Suited) -> Iterator[str]:
     yield "data:"
     yield "  train:"
     yield f"    - path: {flow(data)}"

@@ -12,21 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from sft.config import Config
 from sft.data.encode import Encoder
 from sft.data.loader import encode_settings
 from sft.errors import SftError
 from sft.prepare import load_bundle
 from sft.types import Conversation
-from sft.yamltree import flow
+from sft.yamltree import flow, parse_plain
 
 OF_EACH_KIND = 3
 ROUNDS = 3
-LINE = re.compile(
-    r"\b((?:data|model)\.[a-z_]+): (\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w-]+(?![\w/-]|\.\w))"
-)
+LINE = re.compile(r"\b((?:data|model)\.[a-z_]+): (\{[^{}]*\}|\[(?:\"[^\"]*\"|[^\[\]\"])*\]|[\w-]+(?![\w/-]|\.\w))")
 PAIR = re.compile(r"`([^`]+)` with `([^`]+)`")
 CHOSEN = ("data.template", "model.new_tokens", "data.roles")
 """Keys that fit a template to rows. Others decide what the model learns to write, and are asked for."""
@@ -55,8 +51,10 @@ class Suited:
                 yield said(f"  {key.partition('.')[2]}: {flow(value)}", f"else: {cut(self.why[key], 150)}")
         if section != "data" or not self.question:
             return
-        yield f"  # A row needs a choice: {cut(self.question, 200)}" if self.answers else (
-            f"  # Some rows are refused: {cut(self.question, 200)}"
+        yield (
+            f"  # A row needs a choice: {cut(self.question, 200)}"
+            if self.answers
+            else (f"  # Some rows are refused: {cut(self.question, 200)}")
         )
         for number, answer in enumerate(self.answers):
             lines = [f"{key.partition('.')[2]}: {flow(value)}" for key, value in answer.items()]
@@ -103,7 +101,10 @@ def some_of_each_kind(samples: Iterable[Conversation]) -> list[Conversation]:
     seen: Counter[Any] = Counter()
     chosen = []
     for sample in samples:
-        kind = (bool(sample.tools), frozenset((m.role, bool(m.content.strip()), *sorted(m.extra)) for m in sample.messages))
+        kind = (
+            bool(sample.tools),
+            frozenset((m.role, bool(m.content.strip()), *sorted(m.extra)) for m in sample.messages),
+        )
         seen[kind] += 1
         if seen[kind] <= OF_EACH_KIND and len(seen) <= 64:
             chosen.append(sample)
@@ -137,8 +138,8 @@ def named_settings(refusal: str) -> list[dict[str, Any]]:
     found = []
     for pairs in [*lines, *(LINE.findall(text) for text in texts)]:
         try:
-            found.append({key: yaml.safe_load(value) for key, value in pairs})
-        except yaml.YAMLError:
+            found.append({key: parse_plain(value) for key, value in pairs})
+        except SftError:
             continue
     return found
 

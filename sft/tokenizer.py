@@ -145,9 +145,7 @@ def load_tokenizer(
     )
 
 
-def without_template(
-    tokenizer: Any, name: str, stops: tuple[int, ...], added: tuple[str, ...] = ()
-) -> TokenizerBundle:
+def without_template(tokenizer: Any, name: str, stops: tuple[int, ...], added: tuple[str, ...] = ()) -> TokenizerBundle:
     """A base model's tokenizer as it is: for rows of text and pairs of strings, which end with its end of text."""
     if not stops:
         raise TemplateError(

@@ -125,7 +125,9 @@ def test_rows_that_cannot_be_trained(words: TokenizerBundle, messages: tuple[Mes
 
 
 @pytest.mark.parametrize("template", ["chatml", "zephyr", "tulu"])
-def test_plain_built_in_templates_print_no_tools_and_their_refusals_name_the_one_that_does(tokenizer_folder: Path, template: str) -> None:
+def test_plain_built_in_templates_print_no_tools_and_their_refusals_name_the_one_that_does(
+    tokenizer_folder: Path, template: str
+) -> None:
     bundle = load_tokenizer(str(tokenizer_folder), template=template)
     call = A("", extra={"tool_calls": [{"function": {"name": "fly", "arguments": {}}}]})
     tool = {"type": "function", "function": {"name": "fly"}}

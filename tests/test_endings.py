@@ -18,8 +18,8 @@ from sft.stops import MARKUP, call_end, closings, foreign_end
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message
 
-ENDS = ["<seed:eos>", "<｜end▁of▁sentence｜>", "[e~[", "<sep>", "<end_of_turn>", "[|endofturn|]", "</assistant>", "</s>",
-        "<turn|>", "<SPECIAL_12>", "<end_of_utterance>"]  # fmt: skip
+ENDS = ["<seed:eos>", "<｜end▁of▁sentence｜>", "[e~[", "<sep>", "<end_of_turn>", "[|endofturn|]", "</assistant>",
+        "</s>", "<turn|>", "<SPECIAL_12>", "<end_of_utterance>"]  # fmt: skip
 CHAT = Conversation(
     (Message("user", "Hello there"), Message("assistant", "Hi, and you?"), Message("user", "Fine."),
      Message("assistant", "Good to hear.")), "a:1",

@@ -30,7 +30,8 @@ FLOORS: dict[float, str] = {
     2.0: "data.readers data.messages data.align data.masking data.order data.collate data.heldout data.store "
     "data.passage data.outcome data.roles data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
-    2.5: "data.sources data.formats data.render data.ledger data.shorten model memory fitting isolation sweepfile accelerator",
+    2.5: "data.sources data.formats data.render data.ledger data.shorten model memory fitting isolation sweepfile "
+    "accelerator",
     3.0: "data.encode data.pipeline evaluate setup glance sweeprun sweepidentity",
     3.2: "compiling",
     3.5: "serving sweepstore data.samples",

@@ -1,4 +1,4 @@
-"""`data.over_long: keep_turns`: as few turns as fit go, behind the system prompt; all of it against trying every cut."""
+"""`data.over_long: keep_turns`: as few turns as possible go, behind the system prompt; held against every cut."""
 
 from __future__ import annotations
 
@@ -128,9 +128,17 @@ def test_the_search_costs_what_is_kept_and_not_what_is_left_out(bundle: Tokenize
 def test_such_rows_count_as_cut_and_others_as_dropped(tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path / "words", TOOLED)
     rows = [TURNS, TURNS[:2], [("user", "one " * 200), ("assistant", "two")]] * 2
-    lines = [json.dumps({"messages": [{"role": r, "content": f"{c} {n}"} for r, c in row]}) for n, row in enumerate(rows)]
+    lines = [
+        json.dumps({"messages": [{"role": r, "content": f"{c} {n}"} for r, c in row]}) for n, row in enumerate(rows)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    data = {"train": str(tmp_path / "rows.jsonl"), "eval": 0, "max_tokens": 24, "over_long": "keep_turns", "max_dropped": 1}
+    data = {
+        "train": str(tmp_path / "rows.jsonl"),
+        "eval": 0,
+        "max_tokens": 24,
+        "over_long": "keep_turns",
+        "max_dropped": 1,
+    }
     (tmp_path / "c.yaml").write_text(json.dumps({"model": {"name": str(folder)}, "data": data}))
     config = load_config(tmp_path / "c.yaml").config
     report = prepare(config, load_bundle(config), cache_dir=tmp_path / "cache", say=lambda line: None).report

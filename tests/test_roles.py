@@ -15,7 +15,9 @@ from sft.templating import ChatTemplate
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message, Passage
 
-NO_DEVELOPER = CHATML.replace("{% for message in messages %}", "{% for message in messages %}{% if message['role'] != 'developer' %}").replace("{% endfor %}", "{% endif %}{% endfor %}")  # fmt: skip
+LOOP = "{% for message in messages %}"
+UNLESS = LOOP + "{% if message['role'] != 'developer' %}"
+NO_DEVELOPER = CHATML.replace(LOOP, UNLESS).replace("{% endfor %}", "{% endif %}{% endfor %}")
 NO_SYSTEM = NO_DEVELOPER.replace("!= 'developer'", "not in ('developer', 'system')")
 REFUSING = "{% if messages[0]['role'] == 'developer' %}{{ raise_exception('No developer here') }}{% endif %}" + CHATML
 
@@ -42,8 +44,9 @@ def test_a_lost_instruction_refuses_the_row_and_names_the_keys(tmp_path: Path) -
     (note,) = Encoder(loses, EncodeSettings()).encode(chat()).notes
     assert (note.action, note.reason) == ("refused", "message_left_out")
     assert note.detail == (
-        "message 0: the template prints no developer message, so 'Hello' would be lost. To give it as a system message, "
-        "set data.roles: {developer: system}. To leave such messages out, as it does, set data.roles: {developer: null}."
+        "message 0: the template prints no developer message, so 'Hello' would be lost. To give it as a system "
+        "message, set data.roles: {developer: system}. To leave such messages out, as it does, set data.roles: "
+        "{developer: null}."
     )
     for roles, prompt in (({"developer": "system"}, "systemHellouserone"), ({"developer": None}, "userone")):
         encoder = Encoder(loses, EncodeSettings(roles=roles))
@@ -59,7 +62,9 @@ def test_a_lost_instruction_refuses_the_row_and_names_the_keys(tmp_path: Path) -
 
 def test_where_system_messages_are_lost_as_well_there_is_no_renaming(tmp_path: Path) -> None:
     (note,) = Encoder(bundle(tmp_path, NO_SYSTEM), EncodeSettings()).encode(chat("system")).notes
-    assert note.detail.endswith("would be lost. To leave such messages out, as it does, set data.roles: {system: null}.")
+    assert note.detail.endswith(
+        "would be lost. To leave such messages out, as it does, set data.roles: {system: null}."
+    )
     (note,) = Encoder(bundle(tmp_path, NO_SYSTEM), EncodeSettings()).encode(chat()).notes
     assert "{developer: system}" not in note.detail
 

@@ -1,4 +1,4 @@
-"""`sft init` on models whose templates lack something: the config it suggests passes `sft check`, or asks one question."""
+"""`sft init` on models whose templates lack something: its config passes `sft check`, or asks one question."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_rows_of_which_many_are_too_long_keep_their_last_turns(tmp_path: Path, m
 def test_lines_to_paste_are_read_out_of_a_refusal() -> None:
     told = (
         "No. What works for it, as tried: `data.reasoning: close` (it closes); or `data.reasoning: train` with "
-        "`data.template_args: {enable_thinking: true}` (x). Set model.new_tokens: [\"[e~[\"]. data.template: the one."
+        '`data.template_args: {enable_thinking: true}` (x). Set model.new_tokens: ["[e~["]. data.template: the one.'
     )
     assert named_settings(told) == [
         {"data.reasoning": "close"}, {"model.new_tokens": ["[e~["]}, {"data.template": "the"},

@@ -57,9 +57,7 @@ def test_every_part_to_the_letter(bundle: TokenizerBundle) -> None:
         {"role": "assistant", "content": "Sun, then rain."},
         {"role": "system", "content": "Now in French."},
     ]  # fmt: skip
-    text = bundle.tokenizer.apply_chat_template(
-        messages, tools=list(TOOLS), tokenize=False, add_generation_prompt=True
-    )
+    text = bundle.tokenizer.apply_chat_template(messages, tools=list(TOOLS), tokenize=False, add_generation_prompt=True)
     system, _, rest = text.partition("<|im_end|>\n")
     assert system.startswith("<|im_start|>system\nBe brief.\n\nYou can call tools.")
     listed = system.partition("<tools>\n")[2].partition("\n</tools>")[0]

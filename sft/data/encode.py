@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft.data.align import Aligner, Cuts
-from sft.data.control import OPEN, control_tokens, encode, found_in, encode_after, encode_batch, encode_marked, unmark
+from sft.data.control import OPEN, control_tokens, encode, encode_after, encode_batch, encode_marked, found_in, unmark
 from sft.data.markers import UNMARKED, Stretch, check_marked, marked_turn, token_ranges
 from sft.data.masking import message_weights, token_weights, trained_turns
 from sft.data.outcome import (

@@ -115,7 +115,11 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
     lines = [f"  {line}" for line in ledger.refused]
     if ledger.num_refused > len(lines):
         lines.append(f"  … and {ledger.num_refused - len(lines):,} more; all of them are in {all_rows}")
-    cures = ["raise data.max_tokens, or set data.over_long: drop, keep_turns or truncate"] if ledger.num_refused_long else []
+    cures = (
+        ["raise data.max_tokens, or set data.over_long: drop, keep_turns or truncate"]
+        if ledger.num_refused_long
+        else []
+    )
     if ledger.num_refused > ledger.num_refused_long:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
     told = "; ".join(cures)

@@ -270,7 +270,8 @@ class AnswerCheck:
         left = self.control.sub("", behind).strip()
         if left and left != self.control.sub("", self.tail).strip():
             foreign = self.foreign_end if behind.strip().startswith(self.foreign_end or "\0") else ""
-            cure = f" To make {foreign} a token that ends turns, set model.new_tokens: {json.dumps([foreign], ensure_ascii=False)}."
+            setting = f"model.new_tokens: {json.dumps([foreign], ensure_ascii=False)}"
+            cure = f" To make {foreign} a token that ends turns, set {setting}."
             raise Refusal(
                 "more_than_message",
                 f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first."
