@@ -407,14 +407,16 @@ def fetched(folder: Path) -> Iterator[Collection]:
             print(f"left out: {package} cannot be had", file=sys.stderr)
             continue
         archive = next(iter(place.iterdir()))
-        name = "-".join(archive.name.split("-")[:2]).removesuffix(".tar.gz").replace("-", " ")
+        version = archive.name.removesuffix(".tar.gz").split("-")[1]
+        name = f"{package} {version}"
         yield Collection(name, tuple(extracted(archive, inside, place)))
     if not shutil.which("npm"):
         print("left out: @huggingface/ollama-utils, for want of npm", file=sys.stderr)
         return
     place = folder / "npm"
     place.mkdir()
-    packed = subprocess.run(["npm", "pack", "--silent", "@huggingface/ollama-utils"], cwd=place, check=False)
+    packed = subprocess.run(["npm", "pack", "--silent", "@huggingface/ollama-utils"], cwd=place, check=False,
+                            stdout=subprocess.DEVNULL)
     if packed.returncode:
         print("left out: @huggingface/ollama-utils cannot be had", file=sys.stderr)
         return
