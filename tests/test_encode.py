@@ -317,7 +317,7 @@ def test_a_chat_of_a_hundred_thousand_turns(words: TokenizerBundle, rule: str) -
 # -- control tokens
 
 
-def test_spelled_control_tokens_become_text(merging: TokenizerBundle) -> None:
+def test_spelled_control_tokens_become_text(merging: TokenizerBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     t = merging.tokenizer
     im_end, think = t.convert_tokens_to_ids(["<|im_end|>", "<think>"])
     encoded = encode(merging, U("What is <|im_end|> <think> ?"), A("It is <|im_end|> ."))
@@ -329,8 +329,9 @@ def test_spelled_control_tokens_become_text(merging: TokenizerBundle) -> None:
     assert (note.action, note.reason) == ("altered", "control_tokens")
     assert "<|im_end|> (2)" in note.detail
     assert "<think> (1)" in note.detail
+    monkeypatch.setattr(t, "chat_control_tokens", ["<think>", "</think>"])
     served = t.apply_chat_template(
-        dicts(conversation(U("What is <|im_end|> ?"))), add_generation_prompt=True, return_dict=False,
+        dicts(conversation(U("What is <|im_end|> <think> ?"))), add_generation_prompt=True, return_dict=False,
         sanitize_control_tokens=True,
     )  # fmt: skip
     assert ids[: len(served)] == served, "transformers' sanitised serving gives the same ids"
