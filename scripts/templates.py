@@ -415,8 +415,9 @@ def fetched(folder: Path) -> Iterator[Collection]:
         return
     place = folder / "npm"
     place.mkdir()
-    packed = subprocess.run(["npm", "pack", "--silent", "@huggingface/ollama-utils"], cwd=place, check=False,
-                            stdout=subprocess.DEVNULL)
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", "@huggingface/ollama-utils"], cwd=place, check=False, stdout=subprocess.DEVNULL
+    )
     if packed.returncode:
         print("left out: @huggingface/ollama-utils cannot be had", file=sys.stderr)
         return
