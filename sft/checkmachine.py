@@ -63,7 +63,7 @@ def look_at_model(picture: Picture) -> None:
 
 
 def _config_json(name: str, revision: str | None) -> Mapping[str, Any]:
-    from sft.tokenizer import read_settings
+    from sft.stops import read_settings
 
     try:
         return read_settings(name, revision, "config.json") or {}

@@ -124,6 +124,8 @@ class Model(Section):
     """auto: when memory asks for it."""
     compile: Auto | bool = "auto"
     """torch.compile for the decoder layers. auto: on CPUs, where the run is long enough to gain by it."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    """Added to the tokenizer as control tokens, such as the end of turn of another model's template."""
     warm_start_tokens: Auto | bool = "auto"
     """Set never-trained rows of template tokens to the end-of-text row."""
     trust_remote_code: bool = False
@@ -166,7 +168,7 @@ class Data(Section):
     eval: float | list[Source] = 0.05
     """Below 1: share of train, at most 500 rows; whole number: that many rows; list: sources; 0: none."""
     template: str = "model"
-    """model (its own), chatml, zephyr, tulu, or a path to a .jinja file."""
+    """model (its own), chatml, chatml-tools, zephyr, tulu, or a path to a .jinja file."""
     template_args: dict[str, Any] = {}
     """Given to the template, e.g. {enable_thinking: false}; a row's own `chat_template_kwargs` go over them."""
     layers: Literal["separate", "merge_into_system"] = "separate"
@@ -177,8 +179,8 @@ class Data(Section):
     """Of answers: train it, context: keep it untrained, drop it; close: answers without may close an open block."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """Of one example."""
-    over_long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to examples of more than max_tokens."""
+    over_long: Literal["drop", "keep_turns", "truncate", "error"] = "drop"
+    """What happens to rows of more than max_tokens. keep_turns: system prompt, tools and the last turns that fit."""
     on_bad_row: Literal["error", "skip"] = "error"
     """error: list the bad rows and stop; skip: count them in data_report.jsonl and go on."""
     unread: Literal["report", "error"] = "report"

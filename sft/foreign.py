@@ -62,7 +62,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     ),
     "data.template": (
         "chat_template chat_template_path chat_template_jinja chat_template_name prompt_template prompt_style",
-        "model (its own), chatml, zephyr, tulu, or a path to a .jinja file",
+        "model (its own), chatml, chatml-tools, zephyr, tulu, or a path to a .jinja file",
     ),
     "data.template_args": ("chat_template_kwargs enable_thinking default_system", "given to the chat template"),
     "data.reasoning": (
@@ -80,7 +80,10 @@ _NAMES: dict[str, tuple[str, str]] = {
         "model_max_length context_length seq_length seq_len",
         "of one example; what is longer is dropped and counted unless data.over_long says otherwise",
     ),
-    "data.over_long": ("truncation truncation_mode excess_length_strategy sequence_len_overflow_handling", ""),
+    "data.over_long": (
+        "truncation truncation_mode excess_length_strategy sequence_len_overflow_handling",
+        "drop, keep_turns, truncate or error",
+    ),
     "data.train.0.limit": ("max_samples max_train_samples num_samples", "of one source"),
     "data.train.0.repeat": (
         "interleave_probs dataset_weights mix_strategy",

@@ -7,7 +7,6 @@ here (a model that is not on this machine, no network) is said in a comment, and
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from sft.errors import DataError
 from sft.glance import ModelGlance, base_and_adapter, glance_at_model
 from sft.schedule import plan
 from sft.secrets import mask_secrets
+from sft.suited import Suited, cut, one_line, said, suit
 from sft.templating import RENDER_SECONDS, TemplateTimeout, texts_or_none
 from sft.types import Conversation, Passage, Sample
 from sft.yamltree import flow
@@ -75,19 +75,23 @@ def suggest_config(data: str, model: str, name: str = "my.yaml") -> Suggestion:
     base, adapter = base_and_adapter(model)
     about = glance_at_model(base)
     seen = glance_at_data(data, chat=about.has_template is not None)
+    suited = Suited()
+    if about.tokenizer is not None and seen.conversations:
+        suited = suit(base, "model" if about.has_template else "chatml", seen.conversations)
+        about = replace(about, tokenizer=suited.tokenizer or about.tokenizer)
     lengths, trouble = token_lengths(seen.samples, about)
     about = replace(about, problems=(*about.problems, trouble)) if trouble else about
-    lines = _lines(data, model, name, seen, about, lengths, _model_section(base, adapter, about))
-    return Suggestion("\n".join(lines) + "\n", tuple(_troubles(seen, about)))
+    lines = _lines(data, model, name, seen, about, lengths, suited, _model_section(base, adapter, about, suited))
+    return Suggestion("\n".join(lines) + "\n", (*_troubles(seen, about), *suited.troubles()))
 
 
 def _troubles(seen: DataGlance, about: ModelGlance) -> Iterator[str]:
     if about.problems:
         blind = about.tokenizer is None and about.context is None and about.parameters is None
-        yield f"model {'not looked at' if blind else 'not seen in full'}: {_cut(about.problems[0], 300)}"
+        yield f"model {'not looked at' if blind else 'not seen in full'}: {cut(about.problems[0], 300)}"
     if seen.refused:
         looked = f"{seen.rows:,}" if seen.whole else f"the first {seen.rows:,}"
-        yield f"{len(seen.refused):,} of {looked} rows cannot be used, such as {_cut(seen.refused[0], 300)}"
+        yield f"{len(seen.refused):,} of {looked} rows cannot be used, such as {cut(seen.refused[0], 300)}"
 
 
 # The data -----------------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def has_test_split(path: str) -> bool:
 
 
 def _lines(
-    data: str, model: str, name: str, seen: DataGlance, about: ModelGlance, lengths: list[int],
+    data: str, model: str, name: str, seen: DataGlance, about: ModelGlance, lengths: list[int], suited: Suited,
     model_section: Iterable[str],
 ) -> Iterator[str]:  # fmt: skip
     head = [
@@ -244,11 +248,11 @@ def _lines(
         f"       sft train {name}        any key can be set here too: optim.lr=1e-4",
         "Every key there is: configs/reference.yaml",
     ]
-    yield from (f"# {mask_secrets(_one_line(line))}".rstrip() for line in head)
+    yield from (f"# {mask_secrets(one_line(line))}".rstrip() for line in head)
     yield ""
     yield from model_section
     yield ""
-    yield from _data_section(data, seen, about, lengths)
+    yield from _data_section(data, seen, about, lengths, suited)
     yield ""
     scored = 0 if has_test_split(data) else number_held_out(len(seen.samples), suggest_eval(seen))
     yield from _training_sections(seen, len(seen.samples) - scored)
@@ -258,26 +262,22 @@ def _training_sections(seen: DataGlance, trained: int) -> Iterator[str]:
     """`trained`: how many of the rows that were seen are usable and not held out."""
     epochs, batch = suggest_epochs_and_batch(seen.rows)
     yield "batch:"
-    yield _said(f"  examples: {batch}", "conversations a step sees, over all devices")
+    yield said(f"  examples: {batch}", "conversations a step sees, over all devices")
     yield ""
     yield "optim:"
-    yield _said("  lr: auto", "2e-4 for lora and qlora, 2e-5 for full; the first thing to vary: sft sweep")
+    yield said("  lr: auto", "2e-4 for lora and qlora, 2e-5 for full; the first thing to vary: sft sweep")
     yield ""
     yield "train:"
     total = plan(max(1, trained), batch, epochs, None).total_steps
     steps = f"about {total:,} step{'s' * (total != 1)}" if seen.whole else "watch the held-out loss"
-    yield _said(f"  epochs: {epochs}", steps)
+    yield said(f"  epochs: {epochs}", steps)
     if suggest_eval(seen):
         yield ""
         yield "eval:"
-        yield _said("  every: auto", "with samples and the serving check, a tenth of the run; or a share, or steps")
+        yield said("  every: auto", "with samples and the serving check, a tenth of the run; or a share, or steps")
         yield ""
         yield "save:"
-        yield _said("  best: eval.loss", "final/ is the best checkpoint; null: the last")
-
-
-def _said(line: str, why: str) -> str:
-    return f"{line:<30} # {why}" if len(line) <= 30 else f"{line}  # {why}"
+        yield said("  best: eval.loss", "final/ is the best checkpoint; null: the last")
 
 
 def _about_data(seen: DataGlance, lengths: list[int], about: ModelGlance) -> Iterator[str]:
@@ -301,7 +301,7 @@ def _about_data(seen: DataGlance, lengths: list[int], about: ModelGlance) -> Ite
     yield f"Length: {middle:,} {unit}, in the middle; the longest seen {longest:,}."
     if seen.refused:
         yield f"{len(seen.refused):,} of them cannot be used, such as:"
-        yield from (f"  {_cut(line, 150)}" for line in seen.refused[:3])
+        yield from (f"  {cut(line, 150)}" for line in seen.refused[:3])
     yield "The first:"
     yield from (f"  {line}" for line in _first_sample(seen.samples[0]))
 
@@ -309,12 +309,12 @@ def _about_data(seen: DataGlance, lengths: list[int], about: ModelGlance) -> Ite
 def _first_sample(sample: Sample) -> Iterator[str]:
     if isinstance(sample, Passage):
         if sample.prompt:
-            yield f"prompt      {_cut(sample.prompt)}"
-        yield f"{sample.kind:<11} {_cut(sample.completion)}"
+            yield f"prompt      {cut(sample.prompt)}"
+        yield f"{sample.kind:<11} {cut(sample.completion)}"
         return
     for message in sample.messages[:4]:
         calls = " (tool calls)" if message.extra.get("tool_calls") else ""
-        yield f"{message.role:<11} {_cut(message.content)}{calls}"
+        yield f"{message.role:<11} {cut(message.content)}{calls}"
     if len(sample.messages) > 4:
         yield f"... and {len(sample.messages) - 4} more messages"
 
@@ -329,23 +329,24 @@ def _about_model(about: ModelGlance) -> Iterator[str]:
         facts.append("brings its chat template" if about.has_template else "brings no chat template")
     yield f"Model: {', '.join(facts) or 'not looked at'}."
     for problem in about.problems:
-        yield f"Could not be seen from here: {_cut(problem, 200)}"
+        yield f"Could not be seen from here: {cut(problem, 200)}"
     if about.parameters:
         full, lora, qlora = (_gigabytes(about.parameters * size) for size in (16, 2, 0.6))
         yield f"Memory, before activations: full {full}, lora {lora}, qlora {qlora}."
 
 
-def _model_section(model: str, adapter: str | None, about: ModelGlance) -> Iterator[str]:
+def _model_section(model: str, adapter: str | None, about: ModelGlance, suited: Suited) -> Iterator[str]:
     tuning = suggest_tuning(about.parameters)
     yield "model:"
     yield f"  name: {flow(model)}"
+    yield from suited.lines("model")
     if adapter:
-        yield _said(f"  adapter: {flow(adapter)}", "training goes on from it")
-        yield _said(f"  tuning: {'lora' if tuning == 'full' else tuning}", "lora | qlora")
+        yield said(f"  adapter: {flow(adapter)}", "training goes on from it")
+        yield said(f"  tuning: {'lora' if tuning == 'full' else tuning}", "lora | qlora")
         return
-    yield _said(f"  tuning: {tuning}", "full | lora | qlora")
+    yield said(f"  tuning: {tuning}", "full | lora | qlora")
     if tuning != "full":
-        yield _said("  lora: {rank: 16, alpha: 32}", "a higher rank can learn more")
+        yield said("  lora: {rank: 16, alpha: 32}", "a higher rank can learn more")
 
 
 def _origin_of_format(seen: DataGlance) -> str:
@@ -354,43 +355,39 @@ def _origin_of_format(seen: DataGlance) -> str:
     return "once its columns are renamed" if seen.columns else "as detected"
 
 
-def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list[int]) -> Iterator[str]:
+def _data_section(data: str, seen: DataGlance, about: ModelGlance, lengths: list[int], suited: Suited) -> Iterator[str]:
     yield "data:"
     yield "  train:"
     yield f"    - path: {flow(data)}"
-    yield _said(f"      format: {seen.format}", _origin_of_format(seen))
+    yield said(f"      format: {seen.format}", _origin_of_format(seen))
     if seen.columns:
-        yield _said(f"      columns: {flow(seen.columns)}", "their names: ours")
+        yield said(f"      columns: {flow(seen.columns)}", "their names: ours")
     if set(seen.columns.values()) == {"instruction", "output"}:
         plain = {theirs: {"instruction": "prompt", "output": "completion"}[o] for theirs, o in seen.columns.items()}
         yield f"      # as a conversation; without the chat template: columns: {flow(plain)}"
     if has_test_split(data):
         yield "  eval:"
         yield f"    - path: {flow(data)}"
-        yield _said("      split: test", "rows that are never trained")
+        yield said("      split: test", "rows that are never trained")
         yield from ([f"      columns: {flow(seen.columns)}"] if seen.columns else [])
         yield "      limit: 500"
     else:
-        yield _said(
+        yield said(
             f"  eval: {flow(suggest_eval(seen))}", "held out of train: a share or a number; or a list of sources"
         )
-    if about.has_template is False and seen.conversations:
-        yield _said("  template: chatml", "the model has none of its own; or zephyr, tulu, a .jinja file")
+    yield from suited.lines("data")
+    if about.has_template is False and seen.conversations and "data.template" not in suited.settings:
+        yield said("  template: chatml", "the model has none of its own; or chatml-tools, zephyr, tulu, a .jinja file")
     size = suggest_max_tokens(lengths, about.context)
     fit = sum(length <= size for length in lengths) / len(lengths)
-    yield _said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; others are dropped and counted")
+    several = any(sum(message.role == "user" for message in chat.messages) > 1 for chat in seen.conversations)
+    keep = fit < 0.95 and several  # data.max_dropped would stop the run
+    others = "of others the last turns are trained" if keep else "others are dropped and counted"
+    yield said(f"  max_tokens: {size}", f"{fit:.1%} of the rows fit; {others}")
+    if keep:
+        yield said("  over_long: keep_turns", "drop would lose too many; the system prompt and tools stay")
     if seen.refused:
-        yield _said("  on_bad_row: error", "skip: go on without the bad rows, up to max_dropped")
-
-
-def _one_line(text: str) -> str:
-    """Without control characters, since it goes into a comment."""
-    return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]+", " ", text)
-
-
-def _cut(text: str, width: int = 90) -> str:
-    line = _one_line(text[: 10 * width]).strip()
-    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+        yield said("  on_bad_row: error", "skip: go on without the bad rows, up to max_dropped")
 
 
 def _count(number: int) -> str:

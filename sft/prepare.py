@@ -32,6 +32,7 @@ def load_bundle(config: Config, *, pinned_date: str | None = None) -> TokenizerB
         template_args=data.template_args,
         trust_remote_code=model.trust_remote_code,
         pinned_date=pinned_date,
+        new_tokens=model.new_tokens,
     )
 
 

@@ -161,7 +161,7 @@ def _room(device: torch.device) -> tuple[int, str]:
 
 def _too_large(config: Config, device: torch.device) -> str:
     from sft.model import resolve_precision
-    from sft.tokenizer import read_settings
+    from sft.stops import read_settings
 
     room_bytes, limit = _room(device)
     shape = model_shape(read_settings(config.model.name, config.model.revision, "config.json") or {})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,20 +22,24 @@ from typing import Any
 
 from sft.errors import ModelError, TemplateError, did_you_mean
 from sft.hub import cure
+from sft.stops import call_end, find_stop, foreign_end, serving_stops
 from sft.templating import ChatTemplate, TemplateTimeout, deadline, generation_markers, parse, pin_clock
 
-BUILT_IN = ("chatml", "zephyr", "tulu")
-NEEDED_BY_BUILT_IN = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "tulu": ()}
+BUILT_IN = ("chatml", "chatml-tools", "zephyr", "tulu")
+NEEDED_BY_BUILT_IN = dict.fromkeys(("chatml", "chatml-tools"), ("<|im_start|>", "<|im_end|>"))
 WITHOUT_BOS = ("zephyr", "tulu")
 BOS_FIRST = "{{- bos_token }}\n"
 """Goes before those of BUILT_IN that do not write BOS themselves, on tokenizers that begin texts with it."""
 CONTROL_SHAPE = re.compile(r"<\|[A-Za-z0-9_]+\|>|<(?:start|end)_of_turn>")
 NO_TEMPLATE = (
     "has no chat template: it is a base model, or its template was not saved with it, and the rows are conversations. "
-    "Set data.template: chatml (or zephyr, tulu, or the path of a .jinja file)."
+    "Set data.template: chatml (or chatml-tools, zephyr, tulu, or the path of a .jinja file)."
 )
 PROBE_USER, PROBE_ANSWER, PROBE_NEXT = "xylophone question", "marimba reply", "bassoon follow up"
-PROBE_TOOL = "piccolo"
+PROBE_TOOL, PROBE_ARGUMENT = "piccolo", "high"
+PROBE_CALL: dict[str, Any] = {
+    "id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": {"pitch": PROBE_ARGUMENT}},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class TokenizerBundle:
     """Whether the template itself writes `stop_ids[0]` after an answer."""
     tail: str = ""
     """What the template writes between an answer and its stop token."""
+    foreign_end: str = ""
+    """A mark that the template writes behind an answer and that is no token of the tokenizer."""
+    own_prints_tools: bool = False
+    """Whether the model's own template, which another one stands in for, prints tools and calls."""
     end_of_text: int | None = None
     """Ends rows that use no template."""
 
@@ -73,37 +81,53 @@ def load_tokenizer(
     template_args: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     pinned_date: str | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> TokenizerBundle:
     """Load a tokenizer, put the template in place, add the tokens it needs, and find where turns end.
 
     `template` is model, a name of `BUILT_IN`, or a path to a .jinja file. `pinned_date` is an ISO date or time.
+    `new_tokens` are added as control tokens.
     A base model without a template serves rows that need none; `bundle.require_chat` tells the others.
     Raises ModelError where there is no tokenizer, TemplateError where the template doesn't work.
     """
     tokenizer = read_tokenizer(folder_or_id, revision, trust_remote_code)
     end_of_text = tokenizer.eos_token_id
     needed: tuple[str, ...] = ()
+    own_prints_tools = False
+    known = tokenizer.get_vocab()
+    added = add_tokens(tokenizer, tuple(new_tokens))
+    serving = serving_stops(folder_or_id, revision, tokenizer)
     if template == "model":
         if not tokenizer.chat_template:
-            return without_template(tokenizer, folder_or_id, serving_stops(folder_or_id, revision, tokenizer))
+            return without_template(tokenizer, folder_or_id, serving, added)
     else:
-        tokenizer.chat_template, needed = template_text(template)
+        text, needed = template_text(template)
+        own_prints_tools = bool(tokenizer.chat_template) and prints_tools(tokenizer)
+        tokenizer.chat_template = text
         if template in WITHOUT_BOS and begins_with_bos(tokenizer):
-            tokenizer.chat_template = BOS_FIRST + tokenizer.chat_template
-    added = add_tokens(tokenizer, needed)
+            tokenizer.chat_template = BOS_FIRST + text
+    added += add_tokens(tokenizer, needed)
     notes: list[str] = []
     chat = chat_template(tokenizer, template_args or {}, pinned_date, notes)
     with deadline(10.0, "the chat template"):
         chat = fit_arguments(fit_content(chat, notes), notes)
         if template.endswith(".jinja"):
-            missing = dict.fromkeys(CONTROL_SHAPE.findall(probe(chat)[0]))
-            added += add_tokens(tokenizer, tuple(missing))
-        if added:
-            notes.append(f"added to the tokenizer, since the template needs them: {' '.join(added)}")
-        stop, closes, tail = find_stop(tokenizer, chat, serving_stops(folder_or_id, revision, tokenizer), notes)
-    others = serving_stops(folder_or_id, revision, tokenizer)
+            missing = CONTROL_SHAPE.findall(probe(chat)[0])
+            end = foreign_end(probe(chat), PROBE_ANSWER, [*tokenizer.get_added_vocab(), *missing])
+            added += add_tokens(tokenizer, tuple(dict.fromkeys([*missing, *filter(None, [end])])))
+        if asked_for := [token for token in added if token in new_tokens]:
+            notes.append(f"added to the tokenizer (model.new_tokens): {' '.join(asked_for)}")
+        if found := [token for token in added if token not in new_tokens]:
+            notes.append(f"added to the tokenizer, since the template needs them: {' '.join(found)}")
+        ending = find_stop(tokenizer, probe(chat), PROBE_ANSWER, serving, notes)
+        stop, closes = ending.stop, ending.closes
+        calling = end_of_calls(tokenizer, chat, (stop, *serving), add=template.endswith(".jinja"))
+    if calling and calling in tokenizer.get_added_vocab():
+        notes.append(f"{calling} ends a turn of the template that calls tools: the trained model stops at it as well")
+        added += (calling,) if calling not in known else ()
+        serving = (*serving, tokenizer.convert_tokens_to_ids(calling))
     reads_end = "eos_token" in chat.text + chat.with_tools
-    if closes and not reads_end and tokenizer.eos_token_id != stop and (template != "model" or stop not in others):
+    if closes and not reads_end and tokenizer.eos_token_id != stop and (template != "model" or stop not in serving):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
         notes.append(f"the tokenizer's eos_token is now {tokenizer.eos_token}, the template's end of turn")
         chat = replace(chat, variables={**tokenizer.special_tokens_map, **(template_args or {})})
@@ -114,17 +138,19 @@ def load_tokenizer(
         template=chat.text if isinstance(tokenizer.chat_template, dict) else tokenizer.chat_template,
         template_name=template,
         added_tokens=added,
-        stop_ids=tuple(dict.fromkeys((stop, *others))),
+        stop_ids=tuple(dict.fromkeys((stop, *serving))),
         notes=tuple(notes),
         digest=digest(tokenizer, chat),
         chat=chat,
         closes=closes,
-        tail=tail,
+        tail=ending.tail,
+        foreign_end=ending.foreign,
+        own_prints_tools=own_prints_tools,
         end_of_text=end_of_text if end_of_text is not None else stop,
     )
 
 
-def without_template(tokenizer: Any, name: str, stops: tuple[int, ...]) -> TokenizerBundle:
+def without_template(tokenizer: Any, name: str, stops: tuple[int, ...], added: tuple[str, ...] = ()) -> TokenizerBundle:
     """A base model's tokenizer as it is: for rows of text and pairs of strings, which end with its end of text."""
     if not stops:
         raise TemplateError(
@@ -138,7 +164,7 @@ def without_template(tokenizer: Any, name: str, stops: tuple[int, ...]) -> Token
         tokenizer=tokenizer,
         template=None,
         template_name="none",
-        added_tokens=(),
+        added_tokens=added,
         stop_ids=tuple(dict.fromkeys((end, *stops))),
         notes=("the model has no chat template: rows are joined as they are, and end with its end of text",),
         digest=digest(tokenizer, ChatTemplate("", "", {})),
@@ -164,7 +190,7 @@ def template_text(template: str) -> tuple[str, tuple[str, ...]]:
     """The text of a built-in template or of a .jinja file, and the special tokens that it needs."""
     if template in BUILT_IN:
         text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
-        return text, NEEDED_BY_BUILT_IN[template]
+        return text, NEEDED_BY_BUILT_IN.get(template, ())
     if not template.endswith(".jinja"):
         raise TemplateError(
             f"data.template: {template!r} is neither model, nor built in ({', '.join(BUILT_IN)}), nor a .jinja file."
@@ -237,25 +263,11 @@ def fit_content(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
 def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
     """The template, told to get arguments of tool calls as JSON text where it objects to objects alone, or writes them
     as Python prints them (`{'pitch': 'high'}`), which no parser of tool calls reads."""
-    function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
-    arguments = {"pitch": "high"}
-    call = {"id": "call00001", "type": "function", "function": {"name": PROBE_TOOL, "arguments": arguments}}
-    asked: list[dict[str, Any]] = [
-        {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call00001", "name": PROBE_TOOL, "content": PROBE_ANSWER},
-    ]  # fmt: skip
-    tools = [{"type": "function", "function": function}]
-
-    def written(by: ChatTemplate) -> str | None:
-        try:
-            return by.render([asked], tools, generation_prompt=True)[0]
-        except TemplateError:
-            return None
-
-    plain, in_json = written(chat), replace(chat, json_arguments=True)
+    arguments = PROBE_CALL["function"]["arguments"]
+    plain, in_json = with_a_tool(chat), replace(chat, json_arguments=True)
     if plain is not None and str(arguments) not in plain:
         return chat
-    text, as_json = written(in_json), json.dumps(arguments)
+    text, as_json = with_a_tool(in_json), json.dumps(arguments)
     # In quotes it is within a call that is printed whole.
     if text is not None and (plain is None or (as_json in text and repr(as_json) not in text)):
         notes.append("the template reads the arguments of tool calls as text: they are given to it as JSON text")
@@ -266,6 +278,43 @@ def fit_arguments(chat: ChatTemplate, notes: list[str]) -> ChatTemplate:
             "hold some, check that what serves the model reads such calls, or choose another template"
         )
     return chat  # or it takes no such conversation at all; each row is told why
+
+
+def end_of_calls(tokenizer: Any, chat: ChatTemplate, stops: Sequence[int], *, add: bool) -> str:
+    """The mark of its own, if any, with which the template ends turns that call tools; made a token with `add`."""
+    text = with_a_tool(chat, answered=False)
+    known = list(tokenizer.get_added_vocab())
+    names = tokenizer.convert_ids_to_tokens(list(stops))
+    end = "" if text is None else call_end(text, PROBE_ARGUMENT, known, names)
+    if end and add:
+        add_tokens(tokenizer, (end,))
+    return end
+
+
+def with_a_tool(chat: ChatTemplate, *, answered: bool = True) -> str | None:
+    """A question for which a tool is called, with what that answers, as the template renders it; None where it
+    objects."""
+    function = {"name": PROBE_TOOL, "description": PROBE_TOOL, "parameters": {"type": "object", "properties": {}}}
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
+        {"role": "tool", "tool_call_id": PROBE_CALL["id"], "name": PROBE_TOOL, "content": PROBE_ANSWER},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": function}]
+    try:
+        return chat.render([asked if answered else asked[:2]], tools, generation_prompt=answered)[0]
+    except TemplateError:
+        return None
+
+
+def prints_tools(tokenizer: Any) -> bool:
+    """Whether the tokenizer's template prints tools, calls with their arguments, and what tools answer."""
+    try:
+        chat = chat_template(tokenizer, {}, None, [])
+        with deadline(10.0, "the chat template"):
+            text = with_a_tool(fit_arguments(fit_content(chat, []), []))
+    except (TemplateError, TemplateTimeout):
+        return False
+    return text is not None and text.count(PROBE_TOOL) > 1 and "pitch" in text and PROBE_ANSWER in text
 
 
 def message_form(tokenizer: Any, template_args: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -298,78 +347,8 @@ def probe(chat: ChatTemplate) -> tuple[str, str]:
             error = caught
     raise TemplateError(
         f"data.template: the chat template cannot render a question and its answer: {error} "
-        "Choose another one (chatml, zephyr, tulu, or a .jinja file)."
+        f"Choose another one ({', '.join(BUILT_IN)}, or a .jinja file)."
     )
-
-
-def serving_stops(folder_or_id: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
-    """Where generation stops by the model's settings: generation_config's eos ids, else config's, and eos_token.
-
-    The one that `eos_token` names comes first where the settings hold several.
-    """
-    named: list[int] = []
-    for filename in ("generation_config.json", "config.json"):
-        settings = read_settings(folder_or_id, revision, filename)
-        found = settings.get("eos_token_id") if settings else None
-        if found is not None:
-            named = [int(i) for i in (found if isinstance(found, list) else [found])]
-            break
-    eos = tokenizer.eos_token_id
-    if eos is not None:
-        named = [eos, *named] if eos in named else [*named, eos]
-    return tuple(dict.fromkeys(i for i in named if i < len(tokenizer)))
-
-
-def read_settings(folder_or_id: str, revision: str | None, filename: str) -> dict[str, Any] | None:
-    from transformers.utils.hub import cached_file
-
-    path = cached_file(
-        folder_or_id,
-        filename,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if path is None:
-        return None
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    return settings if isinstance(settings, dict) else None
-
-
-def find_stop(tokenizer: Any, chat: ChatTemplate, serving: tuple[int, ...], notes: list[str]) -> tuple[int, bool, str]:
-    """(token that ends a trained turn, whether the template writes it, text between answer and it).
-
-    An answer's own closing is what follows it both at the end of a conversation and within one; `<|end|>` in Phi-3's
-    `<|end|>\\n<|endoftext|>`. Of several tokens there, one at which serving stops wins, else the last.
-    """
-    alone, followed = (text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :] for text in probe(chat))
-    common = alone[: next((i for i, (a, b) in enumerate(zip(alone, followed, strict=False)) if a != b), len(alone))]
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-    for text, choose_last in ((common, True), (alone, False)):
-        tokens = [(m.start(), added[m.group()]) for m in pattern.finditer(text)]
-        special = [t for t in tokens if tokenizer.added_tokens_decoder[t[1]].special]
-        chosen = [t for t in tokens if t[1] in serving] or (special[-1:] if choose_last else special[:1])
-        if chosen:
-            start, stop = chosen[0]
-            if stop not in serving:
-                notes.append(
-                    f"{tokenizer.convert_ids_to_tokens(stop)} ends a turn of the template, but the model's "
-                    "generation settings do not stop at it yet; the trained model's will"
-                )
-            return stop, True, text[:start]
-    if not serving:
-        raise TemplateError(
-            "the chat template does not close an answer with a token, and the model's generation settings name no "
-            "eos_token_id: nothing could be trained to stop. Set data.template: chatml, or set eos_token."
-        )
-    notes.append(
-        "the template does not close an answer with a token of its own: "
-        f"{tokenizer.convert_ids_to_tokens(serving[0])}, the end-of-turn token of the model's generation settings, "
-        "is trained after each answer"
-    )
-    return serving[0], False, alone if not alone.strip() else ""
 
 
 def digest(tokenizer: Any, chat: ChatTemplate) -> str:

@@ -43,7 +43,6 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> TokenizerBundle:
     folder = tmp_path_factory.mktemp("merging")
     bpe_tokenizer(folder, CHATML + "{# <think> </think> <|endoftext|> #}", None, "<|im_end|>", ())
     bundle = load_tokenizer(str(folder))
-    bundle.tokenizer.chat_control_tokens = ["<think>", "</think>"]  # for transformers' own sanitised serving
     return bundle
 
 
@@ -126,7 +125,9 @@ def test_rows_that_cannot_be_trained(words: TokenizerBundle, messages: tuple[Mes
 
 
 @pytest.mark.parametrize("template", ["chatml", "zephyr", "tulu"])
-def test_no_built_in_template_prints_tools_and_their_refusals_say_so(tokenizer_folder: Path, template: str) -> None:
+def test_plain_built_in_templates_print_no_tools_and_their_refusals_name_the_one_that_does(
+    tokenizer_folder: Path, template: str
+) -> None:
     bundle = load_tokenizer(str(tokenizer_folder), template=template)
     call = A("", extra={"tool_calls": [{"function": {"name": "fly", "arguments": {}}}]})
     tool = {"type": "function", "function": {"name": "fly"}}
@@ -318,23 +319,64 @@ def test_a_chat_of_a_hundred_thousand_turns(words: TokenizerBundle, rule: str) -
 # -- control tokens
 
 
-def test_spelled_control_tokens_become_text(merging: TokenizerBundle) -> None:
+def test_spelled_control_tokens_become_text(merging: TokenizerBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     t = merging.tokenizer
     im_end, think = t.convert_tokens_to_ids(["<|im_end|>", "<think>"])
-    encoded = encode(merging, U("What is <|im_end|> ?"), A("It is <|im_end|> and <think> ."))
+    encoded = encode(merging, U("What is <|im_end|> <think> ?"), A("It is <|im_end|> ."))
     (example,) = encoded.examples
     ids = example.input_ids_T.tolist()
     assert (ids.count(im_end), ids.count(think)) == (2, 0)
-    assert trained(merging, encoded) == [["It is <|im_end|> and <think> .<|im_end|>"]]
+    assert trained(merging, encoded) == [["It is <|im_end|> .<|im_end|>"]]
     (note,) = encoded.notes
     assert (note.action, note.reason) == ("altered", "control_tokens")
     assert "<|im_end|> (2)" in note.detail
     assert "<think> (1)" in note.detail
+    monkeypatch.setattr(t, "chat_control_tokens", ["<think>", "</think>"])
     served = t.apply_chat_template(
-        dicts(conversation(U("What is <|im_end|> ?"))), add_generation_prompt=True, return_dict=False,
+        dicts(conversation(U("What is <|im_end|> <think> ?"))), add_generation_prompt=True, return_dict=False,
         sanitize_control_tokens=True,
     )  # fmt: skip
     assert ids[: len(served)] == served, "transformers' sanitised serving gives the same ids"
+
+
+CALLED = '<tool_call>\n{"name": "weather"}\n</tool_call>'
+
+
+@pytest.mark.parametrize("markup", ["<think>\nhmm\n</think>\n\nIt is 4.", CALLED])
+def test_an_answer_s_markup_is_the_model_s_own_tokens(tmp_path: Path, markup: str) -> None:
+    """As its tokenizer reads what the template writes; a question's is text, and stays so."""
+    template = CHATML + "{# <think> </think> <tool_call> </tool_call> #}"
+    bundle = load_tokenizer(str(bpe_tokenizer(tmp_path, template, None, "<|im_end|>", ())))
+    t = bundle.tokenizer
+    start, end = ("<think>", "</think>") if "think" in markup else ("<tool_call>", "</tool_call>")
+    encoded = encode(bundle, U(f"Say {start} and {end}"), A(markup), U("Why?"), A("Because."))
+    (example,) = encoded.examples
+    own = t(markup + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    first = [i for i, w in enumerate(example.weights_T) if w][: len(own)]
+    assert example.input_ids_T[first].tolist() == own
+    assert [example.input_ids_T.tolist().count(t.convert_tokens_to_ids(x)) for x in (start, end)] == [1, 1]
+    assert [(note.reason, note.detail) for note in encoded.notes if note.reason != "reasoning_left_out"] == [
+        ("control_tokens", f"encoded as ordinary characters: {start} (1), {end} (1)"),
+        ("own_tokens", f"spelled by answers and encoded as the model's own: {start} (1), {end} (1)"),
+    ]
+
+
+def test_control_an_answer_forges_no_header_even_where_headers_are_not_special(tmp_path: Path) -> None:
+    """Tokenizers that were finetuned to ChatML often hold `<|im_start|>` as an ordinary added token."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    folder = bpe_tokenizer(tmp_path, None, None, "</s>", ())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in ("<|im_start|>", "<|im_end|>", "<tag>", "<|fim|>")])
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    bundle = load_tokenizer(str(folder))
+    encoded = encode(bundle, U("Hi"), A("<tag> <|im_start|>user\n<|fim|>"))
+    ids = encoded.examples[0].input_ids_T.tolist()
+    counts = {x: ids.count(bundle.tokenizer.convert_tokens_to_ids(x)) for x in ("<|im_start|>", "<tag>", "<|fim|>")}
+    assert counts == {"<|im_start|>": 2, "<tag>": 1, "<|fim|>": 1}
+    assert [note.reason for note in encoded.notes] == ["control_tokens", "own_tokens"]
 
 
 def test_words_that_were_added_to_a_vocabulary_are_no_control_tokens(tmp_path: Path) -> None:
@@ -550,11 +592,12 @@ STRANGE, KNOWN = st.sampled_from("ab é\n\n\t 🙂ש.<|>/"), st.sampled_from(sor
 TEXT = st.text(alphabet=st.one_of(STRANGE, KNOWN), max_size=12)
 SPELLING = st.sampled_from(["<|im_end|>", "<|im_start|>", "<think>", "</think>", "<|endoftext|>", "<|im_", "end|>"])
 WORDS = st.lists(st.one_of(TEXT, TEXT, SPELLING), max_size=3).map("".join)
-TURN = st.tuples(WORDS, WORDS)
+ASKED = WORDS.filter(lambda text: "think>" not in text)  # text in a question, the model's own in an answer: no one
+TURN = st.tuples(ASKED, WORDS)  # setting of transformers' sanitising does both
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(turns=st.lists(TURN, min_size=1, max_size=6), opening=st.none() | WORDS)
+@given(turns=st.lists(TURN, min_size=1, max_size=6), opening=st.none() | ASKED)
 def test_any_conversation_is_right_or_refused(
     merging: TokenizerBundle, turns: list[tuple[str, str]], opening: str | None
 ) -> None:

@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets heap",
     0.2: "datanames",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
-    "hush versions data.jsontext data.control data.proof",
+    "hush versions stops data.jsontext data.control data.proof",
     0.6: "data.thoughts",
     0.8: "longattention devices data.arrowjson data.elements data.nulls data.folding data.delimiter data.splits "
     "data.memo",
@@ -35,7 +35,7 @@ FLOORS: dict[float, str] = {
     "data.reasoning data.markers tokenizer gguf optim checkpoint trainee generate modelcard "
     "trial sweepspace sweepstorage adapterparts",
     2.1: "data.outcome data.rendered data.rowargs data.evidence",
-    2.2: "weightfiles data.passage data.joined data.trials",
+    2.2: "weightfiles data.passage data.joined data.trials data.shorten data.spelling data.spans",
     2.3: "data.rest data.templatekeys data.cures",
     2.5: "data.sources data.formats data.render data.ledger model memory fitting isolation sweepfile accelerator",
     2.7: "data.layers",
@@ -47,6 +47,7 @@ FLOORS: dict[float, str] = {
     4.0: "data.loader runcard sweepreport",
     4.2: "picture pieces savedweights",
     4.5: "prepare opening batches sweepresults checkmachine checkview",
+    4.8: "suited",
     5.0: "preview check export report chat init session sweepview evalcommand",
     5.2: "shortage",
     5.5: "finish trouble trackers",

@@ -32,6 +32,8 @@ class ControlTokens:
 
     everywhere: re.Pattern[str]
     in_answers: re.Pattern[str]
+    own: re.Pattern[str]
+    """Those that an answer may spell as the model's own, though no template reads them there."""
     marked: re.Pattern[str]
 
     def mark(self, value: Any, *, answer: bool) -> Any:
@@ -49,22 +51,30 @@ class ControlTokens:
 
     def spelled(self, value: Any, *, answer: bool) -> list[str]:
         """The control tokens that the strings in `value` spell."""
-        pattern = self.in_answers if answer else self.everywhere
-        if isinstance(value, str):
-            return pattern.findall(value)
-        if isinstance(value, dict):
-            value = value.values()
-        elif not isinstance(value, (list, tuple)):
-            return []
-        return [token for item in value for token in self.spelled(item, answer=answer)]
+        return found_in(value, self.in_answers if answer else self.everywhere)
 
 
-def control_tokens(tokenizer: Any, written: str, read: str, stop_ids: Sequence[int]) -> ControlTokens:
+def found_in(value: Any, pattern: re.Pattern[str]) -> list[str]:
+    """What a pattern matches in the strings of `value`, a string or lists and dicts of them."""
+    if isinstance(value, str):
+        return pattern.findall(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [token for item in value for token in found_in(item, pattern)]
+
+
+def control_tokens(
+    tokenizer: Any, written: str, read: str, stop_ids: Sequence[int], framing: str = ""
+) -> ControlTokens:
     """Special tokens, and other added tokens that look like markup rather than like words, blanks or HTML.
 
-    `written` is the literal text of the template, `read` the part of it by which it looks into messages.
-    In an assistant message those are excepted by which the template looks into messages (`'</think>' in content`),
-    with their counterparts, unless serving stops at them.
+    `written` is the literal text of the template, `read` the part of it by which it looks into messages, `framing`
+    what it writes around messages.
+    In an assistant message those are excepted, unless serving stops at them, by which the template looks into
+    messages (`'</think>' in content`), with their counterparts; and those that the tokenizer does not call special
+    (`<think>`, `<tool_call>`), since a model writes them as such, unless they frame messages.
     """
     added = tokenizer.added_tokens_decoder
     control = [
@@ -76,14 +86,18 @@ def control_tokens(tokenizer: Any, written: str, read: str, stop_ids: Sequence[i
         )
     ]  # fmt: skip
     stops = {tokenizer.convert_ids_to_tokens(i) for i in stop_ids}
-    excepted = {
+    special = {token.content for token in added.values() if token.special}
+    looked_at = {token for token in control if token not in stops and (token in read or counterpart(token) in read)}
+    own = {
         token for token in control
-        if token not in stops and (token in read or counterpart(token) in read)
+        if token not in stops and token not in special and token not in looked_at and token not in framing
     }  # fmt: skip
+    excepted = looked_at | own
     every = spelled_pattern(control)
     return ControlTokens(
         every,
         spelled_pattern([token for token in control if token not in excepted]),
+        spelled_pattern(sorted(own)),
         re.compile(f"{OPEN}({every.pattern}){CLOSE}|[{OPEN}{CLOSE}]"),
     )
 

@@ -7,7 +7,6 @@ trained turn becomes an example of its own: the ids of the served prompt, then t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,6 @@ from sft.data.outcome import (
     Piece,
     TooLong,
     cut_note,
-    listed,
     refused,
     spelled_note,
     too_long,
@@ -38,9 +36,12 @@ from sft.data.outcome import (
 from sft.data.passage import encoded_passage
 from sft.data.proof import Decoder, Refusal, check_characters, shown
 from sft.data.reasoned import context_end, masked_note, turn_notes
-from sft.data.render import Renderer, Turn, answer_check, message_dicts
+from sft.data.render import Renderer, Turn, answer_check, framing, message_dicts
 from sft.data.rendered import rendered_message, rendered_note
 from sft.data.rowargs import ByArguments
+from sft.data.shorten import is_too_long, last_turns
+from sft.data.spans import SpanProof
+from sft.data.spelling import marked, own_tokens, spelled_in
 from sft.data.templatekeys import TemplateKeys
 from sft.data.trials import Trials
 from sft.data.work import Work, given_by
@@ -67,13 +68,14 @@ class Encoder:
         chat = bundle.chat
         texts = dict.fromkeys((chat.text, chat.with_tools) if chat else ())
         written, read = "\0".join(map(literals, texts)), "\0".join(map(read_markup, texts))
-        self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids)
+        self.control = control_tokens(self.tokenizer, written, read, bundle.stop_ids, framing(chat) if chat else "")
         self._keys = TemplateKeys(chat) if chat else None
         self.renderers = ByArguments(self.made_for)
         if chat is not None:
             self.renderers({})
         self.aligner = Aligner(self.tokenizer)
         self.decoder = Decoder(self.tokenizer, bundle.stop_ids[0], self.control.everywhere)
+        self.proof = SpanProof(bundle, self.decoder, ended=settings.train_on != "all")
         self.unverified = VERIFIED_ROWS
 
     @property
@@ -104,11 +106,17 @@ class Encoder:
         """
         try:
             with deadline(RENDER_SECONDS, "the chat template"):
-                return self.encode_batch(samples)
+                return [self.shortened(s, e) for s, e in zip(samples, self.encode_batch(samples), strict=True)]
         except TemplateTimeout as error:
             if len(samples) == 1:
                 return [refused(samples[0].source, Refusal("template", str(error)), self.settings)]
             return [self.encode(sample) for sample in samples]
+
+    def shortened(self, sample: Sample, encoded: Encoded) -> Encoded:
+        """What is too long, with the last turns that fit, where data.over_long asks for that."""
+        if self.settings.over_long != "keep_turns" or isinstance(sample, Passage) or not is_too_long(encoded):
+            return encoded
+        return last_turns(sample, encoded, self.settings, lambda shorter: self.encode_batch([shorter])[0])
 
     def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
         """`encode_many` without a clock."""
@@ -134,7 +142,7 @@ class Encoder:
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = self.refuse(samples[i], refusal)
-        faults = self.disproved([piece for row in pieces.values() for piece in row])
+        faults = self.proof.disproved([piece for row in pieces.values() for piece in row])
         for i, row in pieces.items():
             results[i] = self.judged(samples[i], works[i], row, faults, notes[i])
         return [
@@ -155,7 +163,7 @@ class Encoder:
         try:
             if fault is not None and work.turns:
                 row = [self.apart(work, turn) for turn in work.turns]
-                fault = next(iter(self.disproved(row).values()), None)
+                fault = next(iter(self.proof.disproved(row).values()), None)
             if fault is None:
                 return self.close(work, row, notes)
         except Refusal as refusal:
@@ -177,24 +185,13 @@ class Encoder:
         weights = message_weights(self.settings.train_on, sample.messages, sample.context)
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
-        mode, spelled = self.settings.control_tokens_in_text, Counter[str]()
+        spelled = spelled_in(messages, tools, self.control, mode := self.settings.control_tokens_in_text)
         if mode != "allow":
-            for value, answer in [*((m, m["role"] == "assistant") for m in messages), *((t, False) for t in tools)]:
-                spelled.update(self.control.spelled(value, answer=answer))
+            changed += own_tokens(sample.source, messages, self.control)
         if spelled:
-            if mode == "error":
-                raise Refusal(
-                    "control_tokens",
-                    f"the text spells control tokens: {listed(spelled)}. "
-                    "Set data.control_tokens_in_text: text to read them as ordinary characters.",
-                )
             if shown_text := rendered_message(sample, self.tokenizer.bos_token, self.stop_texts):
                 changed.append(rendered_note(sample.source, shown(shown_text)))
-            try:
-                messages = [self.control.mark(m, answer=m["role"] == "assistant") for m in messages]
-                tools = [self.control.mark(t, answer=False) for t in tools]
-            except DataError as error:
-                raise Refusal("control_tokens", str(error)) from error
+            messages, tools = marked(messages, tools, self.control)
         self.bundle.require_chat()
         try:
             renderer, layers = self.renderers(sample.template_args)
@@ -204,7 +201,7 @@ class Encoder:
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)
-        return Work(sample, messages, tools, weights, trained, renderer, layers, whole, bool(spelled), spelled,
+        return Work(sample, messages, tools, weights, trained, renderer, layers, whole, bool(spelled), dict(spelled),
                     notes=changed)  # fmt: skip
 
     def given(self, sample: Conversation) -> tuple[Conversation, list[Note]]:
@@ -345,39 +342,7 @@ class Encoder:
             text += self.tokenizer.convert_ids_to_tokens(self.bundle.stop_ids[0])
         return [Piece(Rendered(tuple(ids), (Span(0, 0, len(ids)),)), (text,))]
 
-    # -- proof and length
-
-    def disproved(self, pieces: Sequence[Piece]) -> dict[int, Refusal]:
-        """By the id() of a piece, why its spans are not what they claim. Decodes all spans in one call."""
-        spans = [
-            (piece, span, text)
-            for piece in pieces
-            for span, text in zip(piece.rendered.spans, piece.texts, strict=True)
-        ]
-        decoded = self.decoder([piece.rendered.input_ids[span.start : span.end] for piece, span, _ in spans])
-        faults: dict[int, Refusal] = {}
-        for (piece, span, expected), found in zip(spans, decoded, strict=True):
-            fault = self.fault(piece.rendered, span, expected, found)
-            if fault is not None:
-                faults.setdefault(id(piece), fault)
-        return faults
-
-    def fault(self, rendered: Rendered, span: Span, expected: str, found: str) -> Refusal | None:
-        """What is wrong with one span."""
-        if self.settings.train_on != "all" and rendered.input_ids[span.end - 1] not in self.stops:
-            last = self.tokenizer.convert_ids_to_tokens(rendered.input_ids[span.end - 1])
-            return Refusal(
-                "no_stop",
-                f"message {span.message}: expected the trained span to end with a stop token, found {last!r}. "
-                "Check that the template's end of turn is one token of the tokenizer.",
-            )
-        if self.decoder.same(found, expected):
-            return None
-        return Refusal(
-            "unprovable",
-            f"message {span.message}: expected the trained tokens to decode to {shown(expected)}, found "
-            f"{shown(found)}. The tokenizer does not give this text back.",
-        )
+    # -- length
 
     def close(self, work: Work, pieces: Sequence[Piece], notes: list[Note]) -> Encoded:
         """Weights and the length rule."""

@@ -135,7 +135,11 @@ def refuse_bad_rows(ledger: Ledger, all_rows: Path) -> None:
     lines = [f"  {line}" for line in ledger.refused.lines()]
     if ledger.num_refused > 1:
         lines.append(f"Each one is listed in {all_rows}.")
-    cures = ["raise data.max_tokens, or set data.over_long: drop or truncate"] if ledger.num_refused_long else []
+    cures = (
+        ["raise data.max_tokens, or set data.over_long: drop, keep_turns or truncate"]
+        if ledger.num_refused_long
+        else []
+    )
     if ledger.num_refused > ledger.num_refused_long:
         cures.append("repair or remove them, or set data.on_bad_row: skip to leave them out")
     if any("unread" in reasons for reasons in ledger.dropped.values()):
@@ -176,7 +180,7 @@ def refuse_many_drops(
     if "over_long" in dropped and over_long == "truncate":
         cure = "raise data.max_tokens, for their prompts alone fill it, or shorten the prompts; "
     elif "over_long" in dropped:
-        cure = "raise data.max_tokens, or set data.over_long: truncate; "
+        cure = "raise data.max_tokens, or set data.over_long: keep_turns or truncate; "
     if ledger.num_refused:  # not all of them may be of these sources
         lines += ["Bad rows among them:", *(f"  {line}" for line in ledger.refused.lines())]
     error = DataError(

@@ -132,7 +132,10 @@ def cache_key(data: Data, bundle: TokenizerBundle, settings: EncodeSettings, mem
 def code_version() -> str:
     """A hash of the code that turns rows into examples: a fix in it must not meet the cache of the fault."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *(here.parent / f"{name}.py" for name in ("tokenizer", "templating", "types"))]
+    files = [
+        *sorted(here.glob("*.py")),
+        *(here.parent / f"{name}.py" for name in ("tokenizer", "stops", "templating", "types")),
+    ]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + (file.read_bytes() if file.exists() else b""))

@@ -94,6 +94,10 @@ def spelled_note(source: str, spelled: Mapping[str, int]) -> Note:
     return Note(source, "altered", "control_tokens", f"encoded as ordinary characters: {listed(spelled)}")
 
 
+def own_note(source: str, own: Mapping[str, int]) -> Note:
+    return Note(source, "altered", "own_tokens", f"spelled by answers and encoded as the model's own: {listed(own)}")
+
+
 def reasoning_note(source: str, message: int) -> Note:
     what = f"message {message}, an earlier answer, has reasoning that the template leaves out"
     return Note(source, "altered", "reasoning_left_out", what)
@@ -108,6 +112,11 @@ def unknown_notes(source: str, tokens: int) -> list[Note]:
 def cut_note(source: str, tokens: int, limit: int) -> Note:
     what = f"{tokens} tokens cut to data.max_tokens: {limit}; a turn that lost its end is not trained to stop"
     return Note(source, "cut", "over_long", what)
+
+
+def turns_note(source: str, left_out: int, messages: int, settings: EncodeSettings) -> Note:
+    what = f"{left_out} of {messages} messages, behind the system prompt, left out to fit data.max_tokens: "
+    return Note(source, "cut", "over_long", f"{what}{settings.max_tokens}")
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -8,6 +8,7 @@ found and the cure.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from sft.errors import SftError
 SHOWN = 80
 TELLING = 12  # characters from which a message found in another's turn is no coincidence
 TOOL_TEMPLATES = (
-    "No built-in template prints tools. Use the model's own (data.template: model) where it does, as those of Qwen 2.5 "
-    "and 3 and of Llama 3.1 and later do, or a .jinja of your own."
+    "Set data.template: chatml-tools, which is built in and prints tools, calls and results as parsers named hermes "
+    "read them, or give a .jinja of your own."
 )
+OWN_TOOLS = "Set data.template: model, the model's own, which prints tools."
 THINK = re.compile("</?think>")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
 """Where messages bring reasoning beside their content: as templates read it."""
@@ -172,7 +174,7 @@ class AnswerCheck:
 
     def __init__(
         self, stops: Sequence[str], control: re.Pattern[str], *, closes: bool, tail: str, headers: Sequence[str],
-        own_header: str, supplied: str, allow: bool,
+        own_header: str, supplied: str, allow: bool, tool_cure: str = TOOL_TEMPLATES, foreign_end: str = "",
     ) -> None:  # fmt: skip
         self.stop = unmarked(stops)
         self.control = control
@@ -180,6 +182,7 @@ class AnswerCheck:
         self.headers = unmarked(headers) if headers and not allow else None
         self.own_header, self.supplied = own_header, supplied
         self.allow = allow
+        self.tool_cure, self.foreign_end = tool_cure, foreign_end
 
     def cut(self, messages: Sequence[Mapping[str, Any]], index: int, rendered: str) -> tuple[str, bool]:
         """(The turn through its stop token, whether the template wrote one). Raises Refusal."""
@@ -190,7 +193,7 @@ class AnswerCheck:
             raise Refusal(
                 "tool_calls_not_rendered" if called else "not_the_message",
                 f"expected {shown(absent)} in the turn, the template renders {shown(rendered)}. "
-                + (TOOL_TEMPLATES if called else "The template changes or drops content."),
+                + (self.tool_cure if called else "The template changes or drops content."),
             )
         body, closing = self.at_stop(message, rendered)
         self.check_own_words(messages, index, body)
@@ -268,9 +271,13 @@ class AnswerCheck:
             return
         left = self.control.sub("", behind).strip()
         if left and left != self.control.sub("", self.tail).strip():
+            foreign = self.foreign_end if behind.strip().startswith(self.foreign_end or "\0") else ""
+            setting = f"model.new_tokens: {json.dumps([foreign], ensure_ascii=False)}"
+            cure = f" To make {foreign} a token that ends turns, set {setting}."
             raise Refusal(
                 "more_than_message",
-                f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first.",
+                f"expected the stop token after {shown(content[-SHOWN:])}, the template renders {shown(behind)} first."
+                + (cure if foreign else ""),
             )
         before = self.control.sub("", before).strip()
         if len(before) < TELLING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.locality import MARK, Local, local_template
 from sft.data.markers import Marking, behind_lead, marking, strings
-from sft.data.proof import TOOL_TEMPLATES, AnswerCheck, Refusal, shown
+from sft.data.proof import OWN_TOOLS, TOOL_TEMPLATES, AnswerCheck, Refusal, shown
 from sft.data.reasoning import Blocks, Choice, Lead
 from sft.errors import TemplateError
-from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, deadline, generation_markers
+from sft.templating import RENDER_SECONDS, ChatTemplate, MarkedText, TemplateTimeout, deadline, generation_markers
 from sft.tokenizer import PROBE_ANSWER, PROBE_NEXT, PROBE_USER, probe
 from sft.types import Message
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CHUNK = 16  # turns rendered at a time, so that a long chat can stop early
 FEW = 4  # turns up to which rendering each is cheaper than finding out what follows the last message
 VERIFIED_ROWS = 8
+TAG = re.compile(r"</?[A-Za-z_]+>")
 
 Dicts = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -110,7 +111,7 @@ class Renderer:
         except TemplateError as error:
             said = f"the chat template refuses the conversation: {error}"
             if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
-                said = f"{said.rstrip('.')}. The row has tools. {TOOL_TEMPLATES}"
+                said = f"{said.rstrip('.')}. The row has tools. {self.check.tool_cure}"
             raise Refusal("template", said) from error
 
     def located(self, messages: Dicts, tools: Tools, local: Local) -> MarkedText | None:
@@ -277,6 +278,20 @@ def not_after(k: int, prompt: str, ended: str) -> Refusal:
     )
 
 
+def framing(chat: ChatTemplate) -> str:
+    """What the template writes around messages: of a question, and of the header of its answer all but what looks like
+    an answer's own markup (`<think>`). Empty where it takes no such conversation."""
+    question: list[dict[str, Any]] = [{"role": "user", "content": PROBE_USER}]
+    try:
+        with deadline(RENDER_SECONDS, "the chat template"):
+            plain, prompt = (chat.render([question], generation_prompt=given)[0] for given in (False, True))
+            between = probe(chat)[1].rpartition(PROBE_ANSWER)[2]
+    except (TemplateError, TemplateTimeout):
+        return ""
+    header = prompt.removeprefix(plain)
+    return f"{plain}\0{between}\0{TAG.sub('', header)}"
+
+
 def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Pattern[str], *, allow: bool) -> AnswerCheck:
     """What a small conversation tells about the template: its headers, whether it knows generation prompts."""
     stops = bundle.tokenizer.convert_ids_to_tokens(list(bundle.stop_ids))
@@ -301,5 +316,6 @@ def answer_check(bundle: TokenizerBundle, chat: ChatTemplate, control: re.Patter
         headers=[header] if control.search(header) else [],
         own_header=own_header if control.search(own_header) else "",
         supplied=supplied if control.search(supplied) else "",
-        allow=allow,
+        allow=allow, tool_cure=OWN_TOOLS if bundle.own_prints_tools else TOOL_TEMPLATES,
+        foreign_end=bundle.foreign_end,
     )  # fmt: skip

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sft.tokenizer import TokenizerBundle
 
 SECONDS = 8.0  # all trying in one process
+NO_LIMIT = 10**9  # of tokens: a long row has its cures as well
 
 
 class RowEncoder(Protocol):
@@ -62,7 +63,8 @@ class Trials:
     def encoder(self, candidate: Candidate) -> RowEncoder | None:
         assert self.bundle.chat is not None
         chat = replace(self.bundle.chat, variables={**self.bundle.chat.variables, **candidate.arguments})
+        settings = replace(self.settings, max_tokens=NO_LIMIT, **candidate.settings)
         try:
-            return self.make(replace(self.bundle, chat=chat), replace(self.settings, **candidate.settings))
+            return self.make(replace(self.bundle, chat=chat), settings)
         except SftError:
             return None
