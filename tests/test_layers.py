@@ -74,7 +74,7 @@ def test_a_developer_message_that_is_dropped_is_refused_and_merging_it_cures(
     refused = encoded(bundle, sample)
     assert said(refused) == [("refused", "layer_left_out")]
     assert "'Answer only in French.'" in refused.notes[0].detail
-    assert "Set data.layers: merge_into_system" in refused.notes[0].detail
+    assert "`data.layers: merge_into_system`" in refused.notes[0].detail
     merged = encoded(bundle, sample, layers=MERGE)
     assert said(merged) == [("altered", "layers_merged")]
     words = "Answer only in French." if len(front) == 1 else "Be brief.\n\nAnswer only in French."
@@ -106,7 +106,7 @@ def test_a_template_that_objects_to_a_layer_is_told_the_cure_that_works(load: Lo
     (note,) = encoded(load(objects), sample).notes
     assert note.reason == "template"
     assert "no such role" in note.detail
-    assert "Set data.layers: merge_into_system" in note.detail
+    assert "`data.layers: merge_into_system`" in note.detail
     assert said(encoded(load(objects), sample, layers=MERGE)) == [("altered", "layers_merged")]
 
 
@@ -209,7 +209,7 @@ def test_reasoning_under_a_name_that_the_template_does_not_read(load: Load, key:
     assert "<think>two and two</think>four" in bundle.tokenizer.decode(example.input_ids_T)
     assert said(encoded(load(REASONS), conversation(user("2+2?"), answer("four", reasoning="two and two")))) == []
     (note,) = encoded(load(CHATML), sample).notes
-    assert "into the content, as <think>" in note.detail, "tried, and works where no key is read"
+    assert "the reasoning in the content, as <think>" in note.detail, "tried, and works where no key is read"
 
 
 def test_reasoning_of_an_earlier_answer_is_counted(load: Load) -> None:

@@ -30,6 +30,7 @@ from sft.data.thoughts import (
     shared_length,
     split_content,
 )
+from sft.data.trials import Trials
 from sft.resume import differences, fingerprint
 from sft.tokenizer import TokenizerBundle, load_tokenizer
 from sft.types import Conversation, Message
@@ -226,11 +227,12 @@ def test_a_template_that_never_renders_reasoning_has_it_behind_its_opening(load:
 
 def test_train_refuses_reasoning_that_the_template_leaves_out(load: Any) -> None:
     bundle = load("chatml_plain")
-    assert reasons(encoded(bundle, THOUGHT)) == ["reasoning_left_out"]
-    assert encoded(bundle, THOUGHT).examples
-    (note,) = encoded(bundle, THOUGHT, "train").notes
-    assert (note.action, note.reason) == ("refused", "reasoning_left_out")
-    assert "`data.reasoning: drop`" in note.detail
+    for choice in (None, "train", "context", "close"):
+        (note,) = encoded(bundle, THOUGHT, choice).notes
+        assert (note.action, note.reason) == ("refused", "reasoning_left_out"), choice
+        assert "`data.reasoning: drop`" in note.detail
+    assert reasons(encoded(bundle, THOUGHT, "drop")) == ["reasoning_dropped"]
+    assert encoded(bundle, THOUGHT, "drop").examples
 
 
 def test_a_block_that_the_template_closes_itself_is_said(load: Any, tmp_path: Path) -> None:
@@ -360,10 +362,10 @@ def test_a_cure_keeps_the_arguments_that_are_given_and_is_tried_once_a_kind(load
 
     def make(given: TokenizerBundle, settings: EncodeSettings) -> Encoder:
         made.append(settings)
-        return Encoder(given, settings, cures=False)
+        return Encoder(given, settings, trial=True)
 
     settings = EncodeSettings(template_args={"keep_thinking": True})
-    cures = Cures(bundle, settings, make)
+    cures = Cures(Trials(bundle, settings, make))
     (note,) = encoded(bundle, PLAIN).notes
     from sft.data.proof import Refusal
 
