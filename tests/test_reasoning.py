@@ -6,6 +6,7 @@ Every expectation is a literal, and every prompt is compared with `apply_chat_te
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -412,3 +413,40 @@ def test_all_trains_reasoning_too() -> None:
             Config.model_validate(
                 {"model": {"name": "m"}, "data": {"train": "a.jsonl", "train_on": "all", "reasoning": choice}}
             )
+
+
+# -- with the rest of a row: its own arguments, its developer message
+
+
+def test_a_row_s_own_arguments_decide_how_its_prompt_ends(load: Any) -> None:
+    bundle = load("open_think")
+    encoder = Encoder(bundle, EncodeSettings())
+    quick = replace(PLAIN, template_args={"enable_thinking": False})
+    found, refused = encoder.encode_many([quick, PLAIN])
+    (example,) = found.examples
+    text = bundle.tokenizer.decode(example.input_ids_T)
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four.<|im_end|>\n") or text.endswith(
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four.<|im_end|>"
+    )
+    assert reasons(found) == ["closed_block"]
+    assert reasons(refused) == ["not_after_prompt"], "control: the row without"
+    thought = replace(THOUGHT, template_args={"enable_thinking": False})
+    (note,) = encoder.encode(thought).notes
+    assert "`data.reasoning: drop`" in note.detail
+    assert "template_args" not in note.detail, "the row's own go over those of the config"
+
+
+def test_two_faults_of_a_row_are_cured_by_two_lines(load: Any, tmp_path: Path) -> None:
+    """A developer message that the template drops, behind a prompt that opens a block."""
+    (file,) = FOLDER.rglob("open_think.jinja")
+    text = file.read_text().replace("{%- else %}{{- '<|im_start|>' + m.role", "{%- elif m.role != 'developer' %}{{- '<|im_start|>' + m.role")  # fmt: skip
+    bpe_tokenizer(tmp_path, text, None, "<|im_end|>", ())
+    bundle = load_tokenizer(str(tmp_path))
+    row = conversation(Message("developer", "Be brief."), *PLAIN.messages)
+    (note,) = encoded(bundle, row).notes
+    assert "`data.layers: merge_into_system` with `data.reasoning: close`" in note.detail
+    settings = EncodeSettings(reasoning="close", layers="merge_into_system")
+    result = Encoder(bundle, settings).encode(row)
+    assert reasons(result) == ["layers_merged", "reasoning_closed"]
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in bundle.tokenizer.decode(result.examples[0].input_ids_T)
+    assert "data.layers" not in encoded(load("open_think"), row).notes[0].detail, "control: the role is printed"
