@@ -77,7 +77,7 @@ def suggest_config(data: str, model: str, name: str = "my.yaml") -> Suggestion:
     seen = glance_at_data(data, chat=about.has_template is not None)
     suited = Suited()
     if about.tokenizer is not None and seen.conversations:
-        suited = suit(base, "model" if about.has_template else "chatml", seen.conversations)
+        suited = suit(base, "model" if about.has_template else "chatml", seen.conversations, RENDER_SECONDS)
         about = replace(about, tokenizer=suited.tokenizer or about.tokenizer)
     lengths, trouble = token_lengths(seen.samples, about)
     about = replace(about, problems=(*about.problems, trouble)) if trouble else about

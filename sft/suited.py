@@ -17,6 +17,7 @@ from sft.data.encode import Encoder
 from sft.data.loader import encode_settings
 from sft.errors import SftError
 from sft.prepare import load_bundle
+from sft.templating import RENDER_SECONDS, deadline
 from sft.types import Conversation
 from sft.yamltree import flow, parse_plain
 
@@ -71,19 +72,25 @@ class Suited:
             yield f"some rows are refused: {cut(self.question, 300)}"
 
 
-def suit(model: str, template: str, samples: Sequence[Conversation]) -> Suited:
-    """Settings with which every kind of these conversations trains, as far as their refusals name them."""
+def suit(model: str, template: str, samples: Sequence[Conversation], seconds: float = RENDER_SECONDS) -> Suited:
+    """Settings with which every kind of these conversations trains, as far as their refusals name them.
+
+    None are looked for where a template takes more than `seconds` for a few rows.
+    """
     rows = some_of_each_kind(samples)
     settings: dict[str, Any] = {}
     why: dict[str, str] = {}
-    first = refusals(model, template, settings, rows)
+    first = refusals(model, template, settings, rows, seconds)
     if first is None:
         return Suited()
     tokenizer, told = first
     for _ in range(ROUNDS):
         if not told:
             break
-        tried = [(named, refusals(model, template, {**settings, **named}, rows)) for named in named_settings(told[0])]
+        tried = [
+            (named, refusals(model, template, {**settings, **named}, rows, seconds))
+            for named in named_settings(told[0])
+        ]
         worked = [(named, *found) for named, found in tried if found is not None and len(found[1]) < len(told)]
         if not worked:
             break
@@ -112,7 +119,7 @@ def some_of_each_kind(samples: Iterable[Conversation]) -> list[Conversation]:
 
 
 def refusals(
-    model: str, template: str, settings: Settings, rows: Sequence[Conversation]
+    model: str, template: str, settings: Settings, rows: Sequence[Conversation], seconds: float
 ) -> tuple[Any, list[str]] | None:
     """(The tokenizer, why rows are refused under these settings); None where they cannot be loaded."""
     raw: dict[str, dict[str, Any]] = {
@@ -125,7 +132,9 @@ def refusals(
     try:
         config = Config.model_validate(raw)
         bundle = load_bundle(config)
-        encoded = Encoder(bundle, encode_settings(config.data)).encode_many(rows)
+        encoder = Encoder(bundle, encode_settings(config.data))
+        with deadline(seconds, "the chat template"):
+            encoded = encoder.encode_batch(rows)
     except (SftError, ValueError, OSError):
         return None
     return bundle.tokenizer, [note.detail for row in encoded for note in row.notes if note.action == "refused"]

@@ -518,10 +518,10 @@ def test_a_shifted_span_is_disproved(words: TokenizerBundle) -> None:
     (example,) = encoder.encode(conversation(U("Hello"), A("Yes . No"))).examples
     rendered = Rendered(tuple(example.input_ids_T.tolist()), (Span(1, 9, 15),))
     text = "Yes . No<|im_end|>"
-    assert encoder.fault(rendered, Span(1, 9, 15), text, text) is None
+    assert encoder.proof.fault(rendered, Span(1, 9, 15), text, text) is None
     for start, end, reason in ((8, 15, "unprovable"), (10, 15, "unprovable"), (9, 14, "no_stop"), (9, 16, "no_stop")):
         found = words.tokenizer.decode(rendered.input_ids[start:end])
-        fault = encoder.fault(rendered, Span(1, start, end), text, found)
+        fault = encoder.proof.fault(rendered, Span(1, start, end), text, found)
         assert isinstance(fault, Refusal)
         assert fault.reason == reason
         assert "message 1" in str(fault)

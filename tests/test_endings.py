@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatcases import TOOLS, bpe_tokenizer
+from chatcases import bpe_tokenizer
 from conftest import CHATML, make_model
 
 from sft.configfile import load_config
@@ -121,7 +121,7 @@ def called() -> Conversation:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
     return Conversation(
         (Message("user", "Weather?"), Message("assistant", "", {"tool_calls": [call]}), Message("tool", "sunny"),
-         Message("assistant", "Sun.")), "a:1", TOOLS,
+         Message("assistant", "Sun.")), "a:1",
     )  # fmt: skip
 
 

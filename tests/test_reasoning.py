@@ -439,7 +439,8 @@ def test_a_row_s_own_arguments_decide_how_its_prompt_ends(load: Any) -> None:
 def test_two_faults_of_a_row_are_cured_by_two_lines(load: Any, tmp_path: Path) -> None:
     """A developer message that the template drops, behind a prompt that opens a block."""
     (file,) = FOLDER.rglob("open_think.jinja")
-    text = file.read_text().replace("{%- else %}{{- '<|im_start|>' + m.role", "{%- elif m.role != 'developer' %}{{- '<|im_start|>' + m.role")  # fmt: skip
+    silent = "{%- elif m.role != 'developer' %}{{- '<|im_start|>' + m.role"
+    text = file.read_text().replace("{%- else %}{{- '<|im_start|>' + m.role", silent)
     bpe_tokenizer(tmp_path, text, None, "<|im_end|>", ())
     bundle = load_tokenizer(str(tmp_path))
     row = conversation(Message("developer", "Be brief."), *PLAIN.messages)

@@ -138,7 +138,7 @@ class Encoder:
             try:
                 if work.marked:
                     work.ids = self.ids(work.whole)
-                notes[i] = [*work.notes, *([spelled_note(work.sample.source, work.spelled)] if work.marked else [])]
+                notes[i] = list(work.notes)
                 pieces[i] = self.pieces(work, notes[i])
             except Refusal as refusal:
                 results[i] = self.refuse(samples[i], refusal)
@@ -186,12 +186,13 @@ class Encoder:
         trained = () if self.settings.train_on == "all" else trained_turns(sample.messages, weights)
         messages, tools = message_dicts(sample.messages), [dict(tool) for tool in sample.tools]
         spelled = spelled_in(messages, tools, self.control, mode := self.settings.control_tokens_in_text)
-        if mode != "allow":
-            changed += own_tokens(sample.source, messages, self.control)
+        own = [] if mode == "allow" else own_tokens(sample.source, messages, self.control)
         if spelled:
             if shown_text := rendered_message(sample, self.tokenizer.bos_token, self.stop_texts):
                 changed.append(rendered_note(sample.source, shown(shown_text)))
+            changed.append(spelled_note(sample.source, spelled))
             messages, tools = marked(messages, tools, self.control)
+        changed += own
         self.bundle.require_chat()
         try:
             renderer, layers = self.renderers(sample.template_args)
@@ -201,7 +202,7 @@ class Encoder:
         check_characters(unmark(whole.text) if spelled else whole.text)
         if whole.marks is not None and trained:
             check_marked(whole, messages)
-        return Work(sample, messages, tools, weights, trained, renderer, layers, whole, bool(spelled), dict(spelled),
+        return Work(sample, messages, tools, weights, trained, renderer, layers, whole, bool(spelled),
                     notes=changed)  # fmt: skip
 
     def given(self, sample: Conversation) -> tuple[Conversation, list[Note]]:

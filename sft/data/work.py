@@ -26,7 +26,6 @@ class Work:
     layers: Layers
     rendered: MarkedText
     marked: bool
-    spelled: dict[str, int]
     ids: list[int] = field(default_factory=list)
     untrained: dict[int, list[Stretch]] = field(default_factory=dict)
     """By message, what the template's markers leave out of its answer."""
