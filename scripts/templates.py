@@ -243,12 +243,22 @@ def not_rendered(
         return fault
     if not head.strip():
         return ""
-    # The words with which a block is closed that the prompt opens: as between a reasoning and its answer.
-    thought = [*full[:k], full[k] | {"reasoning_content": "Jackdaws think of quartz."}]
-    between = server.text(thought, prompt=False).rpartition("Jackdaws think of quartz.")[2].partition(words)[0]
-    opened = prompt[len(server.text(full[:k], prompt=False)) :] if between else ""
-    if between.endswith(head) and opened.strip():
-        return ""
+    at = rendered.rindex(words) - len(head)
+    if rendered[at:].startswith(head) and at > 0 and prompt.startswith(rendered[:at]):
+        return ""  # the turn's own text, behind a prompt that ends with a closed block which complete turns lack
+    # Reasoning, if there is any, and the words with which a block is closed that the prompt opens: as the template
+    # writes them between a reasoning and its answer; where it writes none anywhere, the counterpart it looks for.
+    closing, thought = head.removeprefix(full[k].get("reasoning_content", "")), "Jackdaws think of quartz."
+    text = server.text([*full[:k], full[k] | {"reasoning_content": thought}], prompt=False)
+    opened = re.search(r"<(\w+)>\n$", prompt)
+    if thought in text:
+        between = text.rpartition(thought)[2].partition(words)[0]
+        if between.endswith(closing) and prompt[len(server.text(full[:k], prompt=False)) :].strip():
+            return ""
+    elif opened and f"</{opened[1]}>" in server.tokenizer.chat_template:
+        own = closing.removeprefix(f"\n</{opened[1]}>\n\n")
+        if own != closing and rendered[: rendered.rindex(words)].endswith(own):
+            return ""
     return f"{head!r} stands before the answer, which the template writes nowhere"
 
 
@@ -542,8 +552,9 @@ def reported(results: dict[str, dict[str, dict[str, Found]]], arguments: argpars
             print(f"{f.outcome:9} {name} | {shape} | {f.key} | {f.told[:400]!r} {useless}")
     sources = ", ".join(f"{name} ({len(found)})" for name, found in results.items())
     templates = sum(map(len, results.values()))
+    two = sum(f.outcome == "key" and " " in f.key.replace(": ", ":") and f.key.count("data.") > 1 for _, _, f in flat)
     versions = (f"{templates} templates, each text once: {sources}; on the tokenizer of SmolLM2, by transformers "
-                f"{transformers.__version__}.")  # fmt: skip
+                f"{transformers.__version__}. Of the rows with a key, {two} need two, named together.")  # fmt: skip
     text = table(results, versions)
     print(text)
     print(f"cures that were named and did not help: {sum(len(f.useless) for _, _, f in flat)}")

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from sft.data.joined import MERGE, merge_layers
 from sft.data.outcome import Encoded
-from sft.data.proof import REASONING_FIELDS, Refusal, shown
+from sft.data.proof import OWN_TOOLS, REASONING_FIELDS, TOOL_TEMPLATES, Refusal, shown
 from sft.data.reasoning import Choice
 from sft.data.thoughts import NAMES, reasoning_of
 from sft.data.trials import Candidate, Trials
@@ -92,18 +92,15 @@ class Cures:
         keys = ["data.reasoning", *(["data.layers"] if merges(sample) else [])]
         names = ", ".join(name for name, _ in self.arguments())
         tried = " and ".join([*keys, *([f"the template's arguments ({names})"] if names else [])])
+        if sample.tools or any(message.extra.get("tool_calls") for message in sample.messages):
+            tools = OWN_TOOLS if self.trials.bundle.own_prints_tools else TOOL_TEMPLATES
+            return f"No value of {tried} works for it, as tried. The row has tools. {tools}"
         return f"No value of {tried} works for it, as tried. Choose another data.template."
 
     def in_rows(self, sample: Conversation) -> Iterator[str]:
-        """What would bring reasoning through that the template does not read where it is: one way that works."""
-        here = {name for message in sample.messages for name in message.extra}
-        for name in REASONING_FIELDS:
-            renamed = with_reasoning(sample, name)
-            if name not in here and renamed is not sample and self.trials.encoded(renamed) is not None:
-                yield f"the reasoning under the name that the template reads, `{name}`"
-                return
-        within = with_reasoning(sample, None)
-        if here & set(REASONING_FIELDS) and self.trials.encoded(within) is not None:
+        """Whether reasoning comes through where the content spells it. Other names are read anyway."""
+        within = with_reasoning_within(sample)
+        if within is not sample and self.trials.encoded(within) is not None:
             yield "the reasoning in the content, as <think>…</think>"
 
     def explained(self, candidate: Candidate, result: Encoded) -> str:
@@ -155,23 +152,18 @@ def merges(sample: Conversation) -> bool:
     return merge_layers(sample) is not sample
 
 
-def with_reasoning(sample: Conversation, name: str | None) -> Conversation:
-    """The row with the reasoning of its answers under another name, or in the content; itself if there is none."""
-    messages = [moved(message, name) for message in sample.messages]
+def with_reasoning_within(sample: Conversation) -> Conversation:
+    """The row with the reasoning of its answers in their content; itself if none stands beside it."""
+    messages = [moved(message) if message.role == "assistant" else message for message in sample.messages]
     same = all(a is b for a, b in zip(messages, sample.messages, strict=True))
     return sample if same else replace(sample, messages=tuple(messages))
 
 
-def moved(message: Message, name: str | None) -> Message:
+def moved(message: Message) -> Message:
     thoughts = next((message.extra[field] for field in REASONING_FIELDS if message.extra.get(field)), None)
-    within, end, words = message.content.rpartition("</think>")
-    if thoughts is None and end and name is not None:
-        thoughts, message = within.replace("<think>", "").strip(), replace(message, content=words.lstrip("\n"))
-    if message.role != "assistant" or not isinstance(thoughts, str) or not thoughts.strip():
+    if not isinstance(thoughts, str) or not thoughts.strip():
         return message
     rest = {key: value for key, value in message.extra.items() if key not in REASONING_FIELDS}
-    if name is not None:
-        return replace(message, extra={**rest, name: thoughts})
     return replace(message, content=f"<think>\n{thoughts.strip()}\n</think>\n\n{message.content}", extra=rest)
 
 
