@@ -241,21 +241,28 @@ def not_rendered(
         return f"{answer!r} is not what the template renders: {rest!r}"
     if fault := ends(rest[len(body) - len(head) :], stop):
         return fault
-    if not head.strip():
-        return ""
-    at = rendered.rindex(words) - len(head)
-    if rendered[at:].startswith(head) and at > 0 and prompt.startswith(rendered[:at]):
-        return ""  # the turn's own text, behind a prompt that ends with a closed block which complete turns lack
-    # Reasoning, if there is any, and the words with which a block is closed that the prompt opens: as the template
-    # writes them between a reasoning and its answer; where it writes none anywhere, the counterpart it looks for.
-    closing, thought = head.removeprefix(full[k].get("reasoning_content", "")), "Jackdaws think of quartz."
+    thought = "Jackdaws think of quartz."
     text = server.text([*full[:k], full[k] | {"reasoning_content": thought}], prompt=False)
     opened = re.search(r"<(\w+)>\n$", prompt)
+    looked_for = opened is not None and f"</{opened[1]}>" in server.tokenizer.chat_template
+    opens = thought in text and text.partition(thought)[0].rstrip().endswith(prompt.rstrip()[-24:])
+    if not head.strip() and not opens and not looked_for:
+        return ""
+    # The turn's own text, behind a prompt that ends with a closed block which complete turns lack.
+    at = rendered.rindex(words) - len(head)
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[at:], head, strict=False))
+    same = "".join(one for one, _ in pairs)
+    follows = at > 0 and rendered[at:].startswith(head) and prompt.startswith(rendered[:at])
+    if follows and not opens and not looked_for and not re.search(r"[\s>\]]", same):
+        return ""
+    # Reasoning, if there is any, and the words with which a block is closed that the prompt opens: as the template
+    # writes them between a reasoning and its answer; where it writes none anywhere, the counterpart it looks for.
+    closing = head.removeprefix(full[k].get("reasoning_content", ""))
     if thought in text:
         between = text.rpartition(thought)[2].partition(words)[0]
-        if between.endswith(closing) and prompt[len(server.text(full[:k], prompt=False)) :].strip():
+        if closing.strip() and between.endswith(closing) and prompt[len(server.text(full[:k], prompt=False)) :].strip():
             return ""
-    elif opened and f"</{opened[1]}>" in server.tokenizer.chat_template:
+    elif opened and looked_for:
         own = closing.removeprefix(f"\n</{opened[1]}>\n\n")
         if own != closing and rendered[: rendered.rindex(words)].endswith(own):
             return ""

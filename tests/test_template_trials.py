@@ -87,3 +87,38 @@ def test_cures_are_read_as_lines_to_paste(trials: Any) -> None:
     assert trials.named_keys("`data.reasoning: close` with `data.template_args: {a: true}` (so)") == [
         ("data.reasoning=close", "data.template_args={a: true}")
     ]
+
+
+def verdict_on(trials: Any, tokenizer: Any, head: str, tail: str = "") -> str:
+    """Of an answer with other text between its served prompt and its words."""
+    row = trials.SHAPES["one turn"]
+    messages = row["messages"]
+    server = trials.Server(tokenizer, {}, row, (False, False))
+    stop = tokenizer.eos_token
+    prompt = server.text(messages[:1], prompt=True)
+    told: str = trials.not_rendered(
+        server, messages, messages, 1, prompt, f"{head}Mostly on Rottnest.{tail}{stop}", stop
+    )
+    return told
+
+
+@pytest.mark.parametrize(
+    ("template", "stop", "right", "others"),
+    [
+        ("deepseek_r1_prefill", "<｜end▁of▁sentence｜>", "\n</think>\n\n",
+         ["</think>", "\n</thought>\n\n", "\n</think>\n\nWell: ", "Hm.\n</think>\n\n", "\n\n", ""]),
+        ("reasoning/closed_markers", "<|im_end|>", "<|START_RESPONSE|>",
+         ["<|END_THINKING|><|START_RESPONSE|>", "<|START_RESPONSE|>Well: ", "assistant\n<|START_RESPONSE|>"]),
+        ("reasoning/open_think", "<|im_end|>", "\n</think>\n\n",
+         ["\n\n</think>\n\n", "\n</think>\n\nWell: ", "Hm.\n</think>\n\n", "<think>\n", ""]),
+    ],
+)  # fmt: skip
+def test_what_may_stand_before_an_answer(
+    trials: Any, tmp_path: Path, template: str, stop: str, right: str, others: list[str]
+) -> None:
+    text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(str(bpe_tokenizer(tmp_path / "bpe", text, None, stop, ()))).tokenizer
+    tail = "<|END_RESPONSE|>" if "RESPONSE" in right else ""
+    assert verdict_on(trials, tokenizer, right, tail) == ""
+    for head in others:
+        assert "stands before the answer" in verdict_on(trials, tokenizer, head, tail), head
