@@ -53,6 +53,28 @@ def dtypes(precision: Precision) -> Dtypes:
     return Dtypes(torch.float32, torch.bfloat16, torch.bfloat16)
 
 
+def no_causal_lm(name: str, kind: str, *, is_pair: bool) -> str:
+    """Why a model of this `model_type`, of which transformers has no causal language model, is not trained, and the
+    cure. `is_pair`: its config says encoder-decoder."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    if is_pair or kind in known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return (
+            f"{name} ({kind}) is an encoder-decoder, and only decoder-only language models are trained. Choose one of "
+            "those, such as a Llama, Qwen or SmolLM."
+        )
+    if kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return (
+            f"{name} ({kind}) is a vision-language model, which transformers {transformers.__version__} builds only as "
+            "a whole. Choose the text-only model of its family."
+        )
+    return (
+        f"{name} is a {kind or 'nameless'!r} model, which transformers {transformers.__version__} does not know as a "
+        "causal language model. Choose another model, or a newer transformers."
+    )
+
+
 def load_base(
     name: str,
     *,
@@ -96,6 +118,14 @@ def load_base(
                 "model.trust_remote_code: true (sft chat and sft export: --trust-remote-code), or choose a model that "
                 "transformers knows by itself."
             ) from error
+        if "Unrecognized configuration class" in str(error):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(
+                model_source(name), revision=revision, trust_remote_code=trust_remote_code
+            )
+            is_pair = bool(getattr(config, "is_encoder_decoder", False))
+            raise ModelError(f"model.name: {no_causal_lm(name, config.model_type, is_pair=is_pair)}") from error
         right = "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
         raise ModelError(
             f"model.name: {name!r} could not be loaded: {_first_line(error)} "
