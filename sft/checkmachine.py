@@ -13,6 +13,7 @@ from sft.adapterparts import parted_note, refuse_unknown_modules, tied_pair
 from sft.errors import DiskError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
+from sft.modelkind import no_causal_lm
 from sft.needed import lacking_for
 from sft.picture import Picture
 from sft.space import check_space, free_bytes
@@ -74,8 +75,6 @@ def _config_json(name: str, revision: str | None) -> Mapping[str, Any]:
 def _unknown_kind(picture: Picture) -> Iterator[str]:
     """Models that transformers cannot build, or only with code of their own."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    from sft.model import no_causal_lm
 
     kind, model = str(picture.settings.get("model_type", "")), picture.config.model
     if kind in KNOWN:
