@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sft.schedule import Plan, share_or_steps
-from sft.templating import reads
 
 if TYPE_CHECKING:
     from sft.config import Config, Data
@@ -39,10 +38,9 @@ def beyond_context(settings: Mapping[str, Any], longest: int, max_tokens: int) -
 
 
 def unread_arguments(template: str | None, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Of `data.template_args`, those whose names are no variable that the template looks up."""
-    known = reads(template) if template is not None and arguments else frozenset()
+    """Of `data.template_args`, those whose names the template's text never mentions."""
     for name in arguments:
-        if template is not None and name not in known:
+        if template is not None and name not in template:
             yield f"data.template_args.{name}: the template in use never reads {name}"
 
 

@@ -13,6 +13,7 @@ from sft.adapterparts import parted_note, refuse_unknown_modules, tied_pair
 from sft.errors import DiskError, ModelError, SftError
 from sft.hub import cure
 from sft.memory import CPU_MICRO_TOKENS, Memory, estimate, model_shape
+from sft.modelkind import no_causal_lm
 from sft.needed import lacking_for
 from sft.picture import Picture
 from sft.space import check_space, free_bytes
@@ -73,7 +74,6 @@ def _config_json(name: str, revision: str | None) -> Mapping[str, Any]:
 
 def _unknown_kind(picture: Picture) -> Iterator[str]:
     """Models that transformers cannot build, or only with code of their own."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     kind, model = str(picture.settings.get("model_type", "")), picture.config.model
@@ -88,11 +88,8 @@ def _unknown_kind(picture: Picture) -> Iterator[str]:
             "set model.trust_remote_code: true; or choose a model that transformers knows."
         )
     else:
-        yield (
-            f"model.name: {model.name} is a {kind or 'nameless'!r} model, which transformers "
-            f"{transformers.__version__} does not know as a causal language model. "
-            "Choose another model, or a newer transformers."
-        )
+        is_pair = bool(picture.settings.get("is_encoder_decoder"))
+        yield f"model.name: {no_causal_lm(model.name, kind, is_pair=is_pair)}"
 
 
 def look_at_modules(picture: Picture) -> None:

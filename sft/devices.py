@@ -7,6 +7,7 @@ GPUs know no float64, some of Intel's neither: there the numbers are added on th
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -32,6 +33,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "xpu":
         return torch.xpu.get_device_name(device)
     return {"cpu": "CPU", "mps": "Apple GPU"}.get(device.type, device.type)
+
+
+def described(device: torch.device) -> str:
+    """The device of a run for its record: a CPU with its kind and the threads in use."""
+    if device.type != "cpu":
+        return device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from sft.config import Lora, Quantization, Tuning
 from sft.errors import ModelError
 from sft.gguf import model_source
 from sft.hub import cure
+from sft.modelkind import no_causal_lm
 from sft.runfolder import RunFolder
 from sft.weightfiles import base_dtype
 
@@ -96,6 +97,14 @@ def load_base(
                 "model.trust_remote_code: true (sft chat and sft export: --trust-remote-code), or choose a model that "
                 "transformers knows by itself."
             ) from error
+        if "Unrecognized configuration class" in str(error):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(
+                model_source(name), revision=revision, trust_remote_code=trust_remote_code
+            )
+            is_pair = bool(getattr(config, "is_encoder_decoder", False))
+            raise ModelError(f"model.name: {no_causal_lm(name, config.model_type, is_pair=is_pair)}") from error
         right = "Give a hub id that this machine can reach, or a folder with config.json and safetensors."
         raise ModelError(
             f"model.name: {name!r} could not be loaded: {_first_line(error)} "

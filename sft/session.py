@@ -20,7 +20,7 @@ from sft.checkpoint import CheckpointStore, read_tensors, write_tensors
 from sft.choice import best_step, scores_of, stops_early
 from sft.config import Config
 from sft.data.collate import to_device
-from sft.devices import add_to, device_name, zeros_64
+from sft.devices import add_to, described, zeros_64
 from sft.distributed import from_first_rank, gather, sum_over_ranks
 from sft.durable import as_readable_as, write_json, write_text
 from sft.evaluate import EvalSums, eval_plan, metrics, score_hidden
@@ -36,8 +36,8 @@ from sft.schedule import Plan, due_steps_left, peak_learning_rate
 from sft.space import check_space
 from sft.timeleft import seconds_left
 from sft.trainee import loss_sum
-from sft.versions import versions
-from sft.weightfiles import base_dtype, write_dtype
+from sft.versions import git_commit, versions
+from sft.weightfiles import saved_dtype, write_dtype
 
 if TYPE_CHECKING:
     from sft.configfile import LoadedConfig
@@ -340,7 +340,7 @@ def open_session(
     if opening.checkpoint is not None:
         load_state_by_name(job.optimizer, job.names, read_tensors(opening.checkpoint / "optimizer.safetensors"))
     if config.model.tuning == "full":
-        job.resolved["saved_dtype"] = recorded.get("saved_dtype") or _saved_dtype(config, trainee)
+        job.resolved["saved_dtype"] = recorded.get("saved_dtype") or saved_dtype(config.model, trainee)
     state = replace(state, total_steps=the_plan.total_steps)
     session = Session(
         config, folder, job, bundle, data, state, MetricsLog(folder.metrics),
@@ -396,10 +396,10 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
         "date": date_pinned,
         "total_steps": job.plan.total_steps,
         "versions": versions(),
-        "device": _device_name(job.device),
+        "device": described(job.device),
         "processes": job.world,
         "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "resolved": job.resolved,
     }
     write_json(folder.environment, environment)
@@ -410,32 +410,6 @@ def _record(loaded: LoadedConfig, session: Session, date_pinned: str) -> None:
         now = {"step": session.state.step, "seconds": session.state.seconds, "processes": job.world}
         changes = {"changes": session.state.consents} if session.state.consents else {}
         session.metrics.append({"event": "resume", **now, **changes})
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cpu":
-        return device_name(device)
-    import platform
-
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _git_commit() -> str | None:
-    import subprocess
-
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None  # no git here: the record says null
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-def _saved_dtype(config: Config, trainee: torch.nn.Module) -> str:
-    """The dtype of a full finetune's final/: the base's own, else that of the live weights."""
-    base = config.model
-    found = base_dtype(base.name, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    found = found or next(p.dtype for p in trainee.parameters() if p.is_floating_point())
-    return str(found).removeprefix("torch.")
 
 
 def _each_once(

@@ -23,3 +23,14 @@ def _version(metadata: Any, name: str) -> str | None:
         return str(metadata.version(name))
     except metadata.PackageNotFoundError:
         return None
+
+
+def git_commit() -> str | None:
+    """The commit of the folder that a run is started in; None where there is none."""
+    import subprocess
+
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here: the record says null
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sft.config import Model
 from sft.gguf import model_source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,6 +34,13 @@ def base_dtype(name: str, *, revision: str | None = None, trust_remote_code: boo
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     named = _as_dtype(config.dtype)
     return named or stored_dtype(source, revision) or _as_dtype(config.get_text_config().dtype)
+
+
+def saved_dtype(base: Model, trained: torch.nn.Module) -> str:
+    """The name of the dtype of a full finetune's final/: the base's own, else that of the live weights."""
+    found = base_dtype(base.name, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    found = found or next(p.dtype for p in trained.parameters() if p.is_floating_point())
+    return str(found).removeprefix("torch.")
 
 
 def _as_dtype(value: Any) -> torch.dtype | None:

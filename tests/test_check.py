@@ -203,7 +203,7 @@ def test_unknown_kinds_of_model(tmp_path: Path, model_folder: Path, data: Path) 
     assert "Read that code, then set model.trust_remote_code: true" in problem
     encoder = edited(model_folder, tmp_path / "encoder", model_type="t5")
     assert any(
-        "does not know as a causal language model" in p for p in look(config_for(tmp_path, encoder, data)).problems
+        "is an encoder-decoder, and only decoder-only" in p for p in look(config_for(tmp_path, encoder, data)).problems
     )
 
 
@@ -461,3 +461,31 @@ def test_a_tied_pair_that_is_trained_apart_is_noted(
     picture = look(config_for(tmp_path, model_folder, data, overrides=overrides))
     assert picture.problems == []
     assert any("embed_tokens and lm_head of this model share their weights" in note for note in picture.notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("t5", "is an encoder-decoder, and only decoder-only language models are trained"),
+        ("mistral3", "is a vision-language model, which transformers"),
+        ("swin", "does not know as a causal language model"),
+    ],
+)
+def test_loading_and_checking_say_the_same_of_models_that_are_no_language_models(
+    tmp_path: Path, model_folder: Path, data: Path, kind: str, told: str
+) -> None:
+    """`train` said "Give a hub id that this machine can reach" of a folder that was there, and named no cure."""
+    from transformers import AutoConfig
+
+    from sft.errors import ModelError
+    from sft.model import load_base
+
+    folder = tmp_path / kind
+    shutil.copytree(model_folder, folder)
+    (folder / "config.json").unlink()
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    (problem,) = [p for p in look(config_for(tmp_path, folder, data)).problems if told in p]
+    with pytest.raises(ModelError) as caught:
+        load_base(str(folder))
+    assert str(caught.value) == problem
+    assert "newer transformers" not in problem or kind == "swin"

@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     0.0: "__init__ data.__init__ errors types foreign secrets heap",
     0.2: "datanames",
     0.5: "yamltree durable pickles signals space limits watchdog templating launch keeper "
-    "hush versions stops data.jsontext data.control data.proof",
+    "hush versions modelkind stops data.jsontext data.control data.proof",
     0.6: "data.thoughts",
     0.8: "longattention devices data.arrowjson data.elements data.nulls data.folding data.delimiter data.splits "
     "data.memo",

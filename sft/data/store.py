@@ -241,17 +241,19 @@ class Split:
     def digest(self) -> str:
         """16 digits of SHA-256 over how often each source comes and over every token and weight, in their order.
 
-        Remembered beside the arrays for as long as their files are what they were.
+        Remembered beside the arrays for as long as their files are what they were; arrays whose files are gone, as of
+        data that was prepared only to be looked at, stay readable and are not.
         """
         repeats_S = np.asarray(self.repeats_S, dtype=np.float32)
         hasher = hashlib.sha256(repeats_S[self.origins_C].tobytes() + self.origins_C.tobytes())
         hasher_of_rows = hashlib.sha256(self._index_E.tobytes())
         name = f"{hasher.hexdigest()[:16]} {hasher_of_rows.hexdigest()[:16]}"
         files = _file_states(self._store.path)
-        known = _known_digests(self._store.path, files)
+        known = _known_digests(self._store.path, files) if files else {}
         if name not in known:
             known[name] = self._digest_of_tokens(hasher)
-            _remember(self._store.path, {"files": files, "digests": known})
+            if files:
+                _remember(self._store.path, {"files": files, "digests": known})
         return known[name]
 
     def _digest_of_tokens(self, hasher: hashlib._Hash) -> str:
@@ -279,6 +281,9 @@ class Split:
 
 
 def _file_states(path: Path) -> dict[str, list[int]]:
+    """Size and time of each array's file; nothing where the folder is gone."""
+    if not path.is_dir():
+        return {}
     states = {name: (path / f"{name}.bin").stat() for name in ARRAYS}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
