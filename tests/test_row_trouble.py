@@ -284,7 +284,7 @@ def test_too_many_drops_stop_whatever_the_reason(bundle: TokenizerBundle) -> Non
     assert text.startswith("4 of 20 rows (20.0%) were dropped, more than data.max_dropped = 0.15:\n")
     assert "a.jsonl: 20 rows, dropped 3 over_long, 1 bad_row" in text
     assert "data.max_tokens" in text
-    assert "data.over_long: truncate" in text
+    assert "data.over_long: keep_turns or truncate" in text
     assert "\n  a.jsonl:20: malformed JSON" in text
     prepared = run(bundle, source, on_bad_row="skip", max_dropped=0.2)
     assert prepared.report["dropped"] == {"over_long": 3, "bad_row": 1}
@@ -304,7 +304,7 @@ def test_over_long_as_an_error_is_a_bad_row(bundle: TokenizerBundle) -> None:
     source = write(GOOD, GOOD.replace(b"Yes", b"six " * 600))
     with pytest.raises(DataError, match=r"1 bad row of 2:\n  a\.jsonl:2: ") as caught:
         run(bundle, source, over_long="error")
-    cure = "Raise data.max_tokens, or set data.over_long: drop or truncate"
+    cure = "Raise data.max_tokens, or set data.over_long: drop, keep_turns or truncate"
     assert str(caught.value).splitlines()[-1] == cure
     with pytest.raises(DataError) as caught:
         run(bundle, write(GOOD.replace(b"Yes", b"six " * 600), b"{"), over_long="error")
