@@ -252,8 +252,13 @@ def not_rendered(
     at = rendered.rindex(words) - len(head)
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[at:], head, strict=False))
     same = "".join(one for one, _ in pairs)
-    follows = at > 0 and rendered[at:].startswith(head) and prompt.startswith(rendered[:at])
+    first = re.match(r"\s*(<[^<>]*>|\[[^\[\]]*\])", head)
+    again = first is not None and prompt.rstrip().endswith(first[1])
+    follows = at > 0 and rendered[at:].startswith(head) and prompt.startswith(rendered[:at]) and not again
     if follows and not opens and not looked_for and not re.search(r"[\s>\]]", same):
+        return ""
+    # Of that block a turn may show the end alone.
+    if rendered[:at] == re.sub(r"<(\w+)>(\s*</\1>\s*)$", r"\2", prompt) and rendered[at:].startswith(head):
         return ""
     # Reasoning, if there is any, and the words with which a block is closed that the prompt opens: as the template
     # writes them between a reasoning and its answer; where it writes none anywhere, the counterpart it looks for.

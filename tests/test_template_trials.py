@@ -109,6 +109,7 @@ def verdict_on(trials: Any, tokenizer: Any, head: str, tail: str = "") -> str:
          ["</think>", "\n</thought>\n\n", "\n</think>\n\nWell: ", "Hm.\n</think>\n\n", "\n\n", ""]),
         ("reasoning/closed_markers", "<|im_end|>", "<|START_RESPONSE|>",
          ["<|END_THINKING|><|START_RESPONSE|>", "<|START_RESPONSE|>Well: ", "assistant\n<|START_RESPONSE|>"]),
+        ("reasoning/ends_only", "<|im_end|>", "\n\n<say>", ["</think>\n\n<say>", "<say>", "\n\n<say>Well: "]),
         ("reasoning/open_think", "<|im_end|>", "\n</think>\n\n",
          ["\n\n</think>\n\n", "\n</think>\n\nWell: ", "Hm.\n</think>\n\n", "<think>\n", ""]),
     ],
